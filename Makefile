@@ -1,0 +1,64 @@
+# Two commands do all the set-up: `make demo` runs the main job, `make test` passes the tests.
+PYTHON ?= python3
+VENV := .venv
+BIN := $(VENV)/bin
+PROTO_VENV := .venv-proto
+DISTS := proto server client trainer
+PIP := $(BIN)/python -m pip --quiet --disable-pip-version-check
+
+.PHONY: help setup setup-dev demo serve test check format bench proto dist clean
+
+help: ## show this help
+	@grep -hE '^[a-z-]+:.*##' $(MAKEFILE_LIST) | sed -E 's/:.*## /\t/' | expand -t 14
+
+setup: $(VENV)/.runtime ## install Luthier into .venv
+
+setup-dev: $(VENV)/.dev ## the same with the tools for tests and checks
+
+$(VENV)/.runtime: constraints.txt $(DISTS:%=%/pyproject.toml)
+	@test -x $(BIN)/python || { echo "creating $(VENV)"; $(PYTHON) -m venv $(VENV); }
+	@echo "installing Luthier (torch takes a minute)"
+	@$(PIP) install --upgrade 'pip>=25.1'
+	@$(PIP) install -c constraints.txt torch==2.13.0 $(DISTS:%=-e ./%)
+	@touch $@
+
+$(VENV)/.dev: $(VENV)/.runtime pyproject.toml
+	@echo "installing the tools for tests and checks"
+	@$(PIP) install -c constraints.txt --group dev
+	@touch $@
+
+demo: setup ## train the example from upload to score, with live progress
+	@$(BIN)/python examples/demo.py
+
+serve: setup ## start luthierd for real use
+	@exec $(BIN)/luthierd
+
+test: setup-dev ## run the tests
+	@$(BIN)/python -m pytest
+
+check: setup-dev ## format, lint, types, import rules, the contract and its generated code
+	@PATH="$(CURDIR)/$(BIN):$$PATH" sh .ci/check
+
+format: setup-dev ## rewrite the code as `make check` wants it
+	@$(BIN)/ruff format . && $(BIN)/ruff check --fix . && $(BIN)/buf format -w --path proto/luthier
+
+bench: setup-dev ## measure against the peers and the limits; writes benchmarks/results
+	@$(BIN)/python -m benchmarks
+
+$(PROTO_VENV)/.ready: Makefile
+	@$(PYTHON) -m venv $(PROTO_VENV)
+	@$(PROTO_VENV)/bin/python -m pip --quiet --disable-pip-version-check install \
+		grpcio-tools==1.76.0 protobuf==6.33.6 mypy-protobuf==3.7.0 setuptools==80.9.0
+	@touch $@
+
+proto: setup-dev $(PROTO_VENV)/.ready ## generate the stubs from the contract
+	@PATH="$(CURDIR)/$(PROTO_VENV)/bin:$$PATH" $(BIN)/buf generate
+	@$(PROTO_VENV)/bin/python -m grpc_tools.protoc -Iproto -Iproto/third_party --grpc_python_out=proto/gen \
+		$(patsubst %,proto/luthier/v1/%.proto,fine_tuning datasets models)
+	@for stub in $$(find proto/gen -name '*_pb2_grpc.pyi'); do test -f "$${stub%i}" || rm "$$stub"; done
+
+dist: setup-dev ## build a wheelhouse of the four distributions
+	@rm -rf dist && for each in $(DISTS); do $(PIP) wheel --no-deps --wheel-dir dist ./$$each; done && ls dist
+
+clean: ## remove what make made
+	rm -rf $(VENV) $(PROTO_VENV) dist .mypy_cache .ruff_cache .pytest_cache .import_linter_cache
