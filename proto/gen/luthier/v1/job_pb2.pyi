@@ -259,6 +259,7 @@ class Progress(google.protobuf.message.Message):
     TOKENS_PER_SECOND_FIELD_NUMBER: builtins.int
     TRAINED_TOKENS_FIELD_NUMBER: builtins.int
     ETA_SECONDS_FIELD_NUMBER: builtins.int
+    COMPUTED_TOKENS_FIELD_NUMBER: builtins.int
     step: builtins.int
     """Optimizer steps done."""
     total_steps: builtins.int
@@ -275,6 +276,8 @@ class Progress(google.protobuf.message.Message):
     """Real tokens trained on, those of discarded steps not counted."""
     eta_seconds: builtins.float
     """Seconds until the end of training, estimated; 0 when unknown."""
+    computed_tokens: builtins.int
+    """Real tokens computed in all attempts; never goes back."""
     def __init__(
         self,
         *,
@@ -286,8 +289,9 @@ class Progress(google.protobuf.message.Message):
         tokens_per_second: builtins.float = ...,
         trained_tokens: builtins.int = ...,
         eta_seconds: builtins.float = ...,
+        computed_tokens: builtins.int = ...,
     ) -> None: ...
-    def ClearField(self, field_name: typing.Literal["epoch", b"epoch", "eta_seconds", b"eta_seconds", "learning_rate", b"learning_rate", "loss", b"loss", "step", b"step", "tokens_per_second", b"tokens_per_second", "total_steps", b"total_steps", "trained_tokens", b"trained_tokens"]) -> None: ...
+    def ClearField(self, field_name: typing.Literal["computed_tokens", b"computed_tokens", "epoch", b"epoch", "eta_seconds", b"eta_seconds", "learning_rate", b"learning_rate", "loss", b"loss", "step", b"step", "tokens_per_second", b"tokens_per_second", "total_steps", b"total_steps", "trained_tokens", b"trained_tokens"]) -> None: ...
 
 Global___Progress: typing_extensions.TypeAlias = Progress
 

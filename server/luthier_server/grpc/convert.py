@@ -1,0 +1,58 @@
+"""Rows' values as protos. A test fails when a field of a proto has no place here."""
+
+from luthier.v1.dataset_pb2 import Dataset as DatasetProto
+from luthier.v1.job_pb2 import Job as JobProto
+from luthier.v1.model_pb2 import Model as ModelProto
+from luthier_server.change import timestamp
+from luthier_server.job import FAILED, Job
+from luthier_server.store.datasets import Dataset
+from luthier_server.store.models import Model
+
+
+def job_proto(job: Job, history_id: str, queue_position: int = 0) -> JobProto:
+    """A job as clients see it."""
+    return JobProto(
+        id=job.id,
+        spec=job.spec,
+        resolved_spec=job.resolved_spec,
+        state=job.state,
+        error=job.error if job.state == FAILED else None,
+        progress=job.progress,
+        attempt=job.attempt,
+        last_sequence=job.last_sequence,
+        history_id=history_id,
+        model_id=job.model_id,
+        create_time=timestamp(job.create_time),
+        start_time=timestamp(job.start_time) if job.start_time else None,
+        end_time=timestamp(job.end_time) if job.end_time else None,
+        queue_position=queue_position,
+    )
+
+
+def dataset_proto(dataset: Dataset) -> DatasetProto:
+    """A dataset as clients see it."""
+    return DatasetProto(
+        id=dataset.id,
+        name=dataset.name,
+        version=dataset.version,
+        sha256=dataset.sha256,
+        size_bytes=dataset.size_bytes,
+        rows=dataset.row_count,
+        format=dataset.format,
+        create_time=timestamp(dataset.create_time),
+    )
+
+
+def model_proto(model: Model) -> ModelProto:
+    """A model as clients see it."""
+    return ModelProto(
+        id=model.id,
+        name=model.name,
+        job_id=model.job_id,
+        base_model=model.base_model,
+        adaptation=model.adaptation,
+        step=model.step,
+        size_bytes=model.size_bytes,
+        metrics=model.metrics,
+        create_time=timestamp(model.create_time),
+    )

@@ -1,0 +1,169 @@
+"""The three services, a thin layer over `jobs`, `datasets` and `registry`."""
+
+import asyncio
+import re
+from collections.abc import AsyncIterable, AsyncIterator
+
+from luthier.v1 import datasets_pb2 as ds
+from luthier.v1 import fine_tuning_pb2 as ft
+from luthier.v1 import models_pb2 as md
+from luthier.v1.job_pb2 import Job as JobProto
+from luthier.v1.model_pb2 import ModelFile
+from luthier_server.datasets import Datasets
+from luthier_server.errors import InvalidArgument, Violation
+from luthier_server.grpc import paging
+from luthier_server.grpc.boundary import Context, writes
+from luthier_server.grpc.convert import dataset_proto, job_proto, model_proto
+from luthier_server.grpc.watch import Watch
+from luthier_server.job import QUEUED, Job
+from luthier_server.jobs import Jobs
+from luthier_server.registry import Registry
+
+TENANT = "default"
+_CHUNK = 256 * 1024
+_MOST_CHUNK = 1024 * 1024
+_CHECKPOINT = re.compile(r"(?P<job>job_[0-9A-Z]{26}):step-(?P<step>[0-9]{1,12})")
+
+
+class FineTuning:
+    """luthier.v1.FineTuning."""
+
+    def __init__(self, jobs: Jobs, watch: Watch, history_id: str) -> None:
+        self._jobs = jobs
+        self._watch = watch
+        self._history_id = history_id
+
+    async def _proto(self, job: Job) -> JobProto:
+        places = await self._jobs.queue_positions(TENANT) if job.state == QUEUED else {}
+        return job_proto(job, self._history_id, places.get(job.id, 0))
+
+    async def CreateJob(self, request: ft.CreateJobRequest) -> ft.CreateJobResponse:
+        """Creates a job."""
+        job = await self._jobs.create(TENANT, request.spec, request.request_id.lower(), request.validate_only)
+        return ft.CreateJobResponse(job=await self._proto(job))
+
+    async def GetJob(self, request: ft.GetJobRequest) -> ft.GetJobResponse:
+        """Returns a job."""
+        return ft.GetJobResponse(job=await self._proto(await self._jobs.get(TENANT, request.job_id)))
+
+    async def ListJobs(self, request: ft.ListJobsRequest) -> ft.ListJobsResponse:
+        """Lists jobs, newest first."""
+        limit = paging.size(request)
+        found = await self._jobs.page(
+            TENANT,
+            below=paging.below(request, request.page_token),
+            limit=limit + 1,
+            states=list(request.states),
+            labels=dict(request.labels),
+            id_prefix=request.id_prefix,
+        )
+        page = found[:limit]
+        waiting = any(job.state == QUEUED for job in page)
+        places = await self._jobs.queue_positions(TENANT) if waiting else {}
+        return ft.ListJobsResponse(
+            jobs=[job_proto(job, self._history_id, places.get(job.id, 0)) for job in page],
+            next_page_token=paging.token(request, page[-1].id) if len(found) > limit else "",
+        )
+
+    async def CancelJob(self, request: ft.CancelJobRequest) -> ft.CancelJobResponse:
+        """Asks a job to stop."""
+        return ft.CancelJobResponse(job=await self._proto(await self._jobs.cancel(TENANT, request.job_id)))
+
+    @writes
+    async def WatchJob(self, request: ft.WatchJobRequest, context: Context) -> None:
+        """Streams a job's events."""
+        await self._watch.serve(TENANT, request, context)
+
+
+class DatasetService:
+    """luthier.v1.Datasets."""
+
+    def __init__(self, datasets: Datasets) -> None:
+        self._datasets = datasets
+
+    async def UploadDataset(self, requests: AsyncIterable[ds.UploadDatasetRequest]) -> ds.UploadDatasetResponse:
+        """Receives a file: metadata, then chunks."""
+        iterator = aiter(requests)
+        first = await anext(iterator, None)
+        if first is None or first.WhichOneof("part") != "metadata":
+            raise InvalidArgument(
+                "the first message must hold the metadata", [Violation("metadata", "is needed in the first message")]
+            )
+        dataset, created = await self._datasets.upload(TENANT, first.metadata, _chunks(iterator))
+        return ds.UploadDatasetResponse(dataset=dataset_proto(dataset), created=created)
+
+    async def GetDataset(self, request: ds.GetDatasetRequest) -> ds.GetDatasetResponse:
+        """Returns a dataset."""
+        return ds.GetDatasetResponse(dataset=dataset_proto(await self._datasets.find(TENANT, request.dataset)))
+
+    async def ListDatasets(self, request: ds.ListDatasetsRequest) -> ds.ListDatasetsResponse:
+        """Lists datasets, newest first."""
+        limit = paging.size(request)
+        found = await self._datasets.page(
+            TENANT, below=paging.below(request, request.page_token), limit=limit + 1, name=request.name
+        )
+        return ds.ListDatasetsResponse(
+            datasets=[dataset_proto(each) for each in found[:limit]],
+            next_page_token=paging.token(request, found[limit - 1].id) if len(found) > limit else "",
+        )
+
+    async def DeleteDataset(self, request: ds.DeleteDatasetRequest) -> ds.DeleteDatasetResponse:
+        """Deletes one version."""
+        return ds.DeleteDatasetResponse(dataset=dataset_proto(await self._datasets.delete(TENANT, request.dataset)))
+
+
+async def _chunks(requests: AsyncIterator[ds.UploadDatasetRequest]) -> AsyncIterator[bytes]:
+    async for request in requests:
+        if request.WhichOneof("part") != "chunk":
+            raise InvalidArgument(
+                "after the first message come chunks", [Violation("metadata", "is allowed in the first message only")]
+            )
+        if len(request.chunk) > _MOST_CHUNK:
+            raise InvalidArgument(
+                "a chunk is too large", [Violation("chunk", f"has {len(request.chunk)} bytes; {_MOST_CHUNK} at most")]
+            )
+        yield request.chunk
+
+
+class ModelService:
+    """luthier.v1.Models."""
+
+    def __init__(self, registry: Registry, jobs: Jobs) -> None:
+        self._registry = registry
+        self._jobs = jobs
+
+    async def GetModel(self, request: md.GetModelRequest) -> md.GetModelResponse:
+        """Returns a model."""
+        return md.GetModelResponse(model=model_proto(await self._registry.get(TENANT, request.model_id)))
+
+    async def ListModels(self, request: md.ListModelsRequest) -> md.ListModelsResponse:
+        """Lists models, newest first."""
+        limit = paging.size(request)
+        found = await self._registry.page(
+            TENANT, below=paging.below(request, request.page_token), limit=limit + 1, id_prefix=request.id_prefix
+        )
+        return md.ListModelsResponse(
+            models=[model_proto(each) for each in found[:limit]],
+            next_page_token=paging.token(request, found[limit - 1].id) if len(found) > limit else "",
+        )
+
+    async def DownloadModel(
+        self, request: md.DownloadModelRequest, context: Context
+    ) -> AsyncIterator[md.DownloadModelResponse]:
+        """Streams the files of a model or checkpoint."""
+        if match := _CHECKPOINT.fullmatch(request.model_id):
+            directory = await self._jobs.checkpoint_dir(TENANT, match["job"], int(match["step"]))
+        else:
+            directory = self._registry.directory((await self._registry.get(TENANT, request.model_id)).id)
+        files = await self._registry.files(directory)
+        yield md.DownloadModelResponse(
+            manifest=md.DownloadManifest(
+                files=[ModelFile(path=each.name, size_bytes=each.size_bytes, sha256=each.sha256) for each in files]
+            )
+        )
+        for each in files:
+            with await asyncio.to_thread(open, each.path, "rb") as file:
+                offset = 0
+                while data := await asyncio.to_thread(file.read, _CHUNK):
+                    yield md.DownloadModelResponse(chunk=md.FileChunk(path=each.name, offset=offset, data=data))
+                    offset += len(data)

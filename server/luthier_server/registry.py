@@ -1,0 +1,99 @@
+"""Models: what a job can start from, and what jobs made."""
+
+import asyncio
+import hashlib
+import re
+from collections.abc import Sequence
+from dataclasses import dataclass
+from pathlib import Path
+
+from luthier.trainer.v1.report_pb2 import ModelReport
+from luthier_server.errors import InvalidArgument, NotFound, Violation
+from luthier_server.store.database import Database
+from luthier_server.store.models import Model, Models
+from luthier_server.workers import Workers
+
+_MODEL_ID = re.compile(r"model_[0-9A-HJKMNP-TV-Z]{26}")
+
+
+@dataclass(frozen=True, slots=True)
+class File:
+    """A file of a model or checkpoint: its path on disk and as it is called from outside."""
+
+    path: Path
+    name: str
+    size_bytes: int
+    sha256: str
+
+
+class Registry:
+    """The models of every tenant, over `models/ID`."""
+
+    def __init__(self, database: Database, models_dir: Path, workers: Workers, roots: Sequence[Path]) -> None:
+        self._rows = Models(database)
+        self._models_dir = models_dir
+        self._workers = workers
+        self._roots = tuple(roots)
+        self._builtin: dict[str, ModelReport] = {}
+
+    def directory(self, model_id: str) -> Path:
+        """Where a model's files lie."""
+        return self._models_dir / model_id
+
+    async def get(self, tenant: str, model_id: str) -> Model:
+        """The model. Raises NotFound."""
+        model = await self._rows.get(tenant, model_id)
+        if model is None:
+            raise NotFound("model", model_id)
+        return model
+
+    async def page(self, tenant: str, *, below: str, limit: int, id_prefix: str) -> list[Model]:
+        """Models newest first, with ids below `below` (empty: from the newest)."""
+        return await self._rows.page(tenant, below=below, limit=limit, id_prefix=id_prefix)
+
+    async def base(self, tenant: str, base_model: str) -> ModelReport:
+        """Where a job's base model comes from. Raises InvalidArgument with what is wrong with it.
+
+        A hub id is taken on trust here: only the trainer may reach the network.
+        """
+        if base_model in self._builtin:
+            return self._builtin[base_model]
+        name = base_model
+        if base_model.startswith("model_"):
+            if not _MODEL_ID.fullmatch(base_model) or await self._rows.get(tenant, base_model) is None:
+                raise InvalidArgument(
+                    f"there is no model '{base_model}'",
+                    [Violation("spec.fine_tune.base_model", f"there is no model '{base_model}': see ListModels")],
+                    reason="MODEL_NOT_FOUND",
+                )
+            name = str(self.directory(base_model).resolve())
+        report = await self._workers.inspect_model(name, [*self._roots, self._models_dir.resolve()])
+        if report.problem or not report.found:
+            raise InvalidArgument(
+                report.problem or f"there is no model '{base_model}'",
+                [Violation("spec.fine_tune.base_model", report.problem or "is not known")],
+                reason="MODEL_NOT_FOUND",
+            )
+        if base_model.startswith("builtin/"):
+            self._builtin[base_model] = report
+        return report
+
+    async def files(self, directory: Path) -> list[File]:
+        """Every file below a model's or checkpoint's directory, hashed, in a stable order. Raises NotFound."""
+        if not directory.is_dir():
+            raise NotFound("model", directory.name, "its files are gone")
+        return await asyncio.to_thread(_files, directory)
+
+    async def last_id(self) -> str:
+        """The newest id, or an empty string."""
+        return await self._rows.last_id()
+
+
+def _files(directory: Path) -> list[File]:
+    found = []
+    for path in sorted(directory.rglob("*")):
+        if path.is_file() and not path.is_symlink():
+            with open(path, "rb") as file:
+                sha256 = hashlib.file_digest(file, "sha256").hexdigest()
+            found.append(File(path, path.relative_to(directory).as_posix(), path.stat().st_size, sha256))
+    return found

@@ -1,0 +1,180 @@
+"""Gives free slots to waiting jobs, first come first served, and owns the runner of every attempt."""
+
+import asyncio
+import contextlib
+from dataclasses import dataclass, field
+from pathlib import Path
+
+import structlog
+
+from luthier.trainer.v1.task_pb2 import BaseModelSource, ControlAction, DatasetSource, Puppet, TrainerTask
+from luthier_server.datasets import Datasets
+from luthier_server.errors import LuthierError
+from luthier_server.executors.base import Executor
+from luthier_server.job import CANCELLING, Job
+from luthier_server.jobs import Ending, Jobs
+from luthier_server.registry import Registry
+from luthier_server.runner import Limits, Runner
+from luthier_server.secrets import Secrets
+from luthier_server.store.datasets import Dataset
+from luthier_server.store.jobs import Attempt
+
+log = structlog.get_logger()
+
+
+@dataclass(frozen=True, slots=True)
+class SchedulerSettings:
+    """What the scheduler needs to know. devices: CUDA indices, one slot each; empty means CPU."""
+
+    data_dir: Path
+    slots: int
+    devices: tuple[int, ...] = ()
+    threads: int = 0
+    heartbeat_seconds: float = 5
+    wake_socket: str = ""
+    limits: Limits = field(default_factory=Limits)
+    puppet: Puppet | None = None
+
+
+class Scheduler:
+    """Runs queued jobs. `run` is its life; `stop` asks every trainer to leave."""
+
+    def __init__(
+        self,
+        settings: SchedulerSettings,
+        jobs: Jobs,
+        datasets: Datasets,
+        registry: Registry,
+        executor: Executor,
+        secrets: Secrets,
+    ) -> None:
+        self._settings = settings
+        self._jobs = jobs
+        self._datasets = datasets
+        self._registry = registry
+        self._executor = executor
+        self._secrets = secrets
+        self._runners: dict[str, Runner] = {}
+        self._free = list(range(settings.slots))
+        self._stopping = False
+
+    def wake(self) -> None:
+        """Some trainer has reported."""
+        for runner in self._runners.values():
+            runner.wake()
+
+    async def recover(self, attempts: list[Attempt]) -> None:
+        """Ends the trainers that another server started, and queues their jobs again from their last checkpoint."""
+        async with asyncio.TaskGroup() as group:
+            for attempt in attempts:
+                group.create_task(self._recover(attempt))
+
+    async def _recover(self, attempt: Attempt) -> None:
+        runner = Runner(self._jobs, self._executor, attempt, self._directory(attempt), self._settings.limits)
+        if not runner.directory.is_dir():
+            await self._jobs.settle(
+                attempt, Ending("SERVER_RESTARTED", "goes on from its newest checkpoint", requeue=True)
+            )
+            return
+        log.info("ending what another server started", job_id=attempt.job_id, attempt=attempt.number)
+        await runner.abandon()
+
+    async def run(self) -> None:
+        """Fills slots until it is cancelled."""
+        async with asyncio.TaskGroup() as group:
+            while True:
+                self._jobs.changed.clear()
+                await self._control()
+                while self._free and not self._stopping and (job_id := await self._jobs.next_queued()):
+                    begun = await self._jobs.begin_attempt(job_id)
+                    if begun is not None:
+                        slot = self._free.pop(0)
+                        group.create_task(self._attempt(slot, *begun), name=f"attempt {job_id}")
+                await self._jobs.changed.wait()
+
+    async def stop(self) -> None:
+        """Starts nothing more, asks every trainer to save a checkpoint, and returns when all have left."""
+        self._stopping = True
+        for runner in list(self._runners.values()):
+            await runner.ask(ControlAction.CONTROL_ACTION_PREEMPT)
+        while self._runners:
+            self._jobs.changed.clear()
+            with contextlib.suppress(TimeoutError):
+                await asyncio.wait_for(self._jobs.changed.wait(), 0.5)
+
+    async def _control(self) -> None:
+        for job_id, runner in list(self._runners.items()):
+            job = await self._jobs.get("default", job_id)
+            if job.state == CANCELLING:
+                await runner.ask(ControlAction.CONTROL_ACTION_CANCEL)
+
+    async def _attempt(self, slot: int, job: Job, attempt: Attempt) -> None:
+        runner = Runner(self._jobs, self._executor, attempt, self._directory(attempt), self._settings.limits)
+        self._runners[job.id] = runner
+        self._jobs.changed.set()  # a cancel may have come since the attempt began
+        try:
+            try:
+                task = await self._task(slot, job, attempt)
+                secrets = self._secrets.for_task(job.resolved_spec.fine_tune)
+            except (LuthierError, OSError) as error:
+                await self._jobs.settle(attempt, Ending("INPUT_LOST", str(error)))
+            else:
+                await runner.run(task, secrets)
+        except Exception:
+            # The attempt stays open: the next start of the server settles it.
+            log.exception("runner failed", job_id=job.id, attempt=attempt.number)
+        finally:
+            del self._runners[job.id]
+            self._free.append(slot)
+            self._free.sort()
+            self._jobs.changed.set()
+
+    def _directory(self, attempt: Attempt) -> Path:
+        return self._settings.data_dir / "jobs" / attempt.job_id / f"attempt-{attempt.number}"
+
+    async def _task(self, slot: int, job: Job, attempt: Attempt) -> TrainerTask:
+        settings = self._settings
+        spec = job.resolved_spec.fine_tune
+        base = await self._registry.base(job.tenant, spec.base_model)
+        checkpoints = settings.data_dir / "jobs" / job.id / "checkpoints"
+        checkpoints.mkdir(parents=True, exist_ok=True)
+        task = TrainerTask(
+            job_id=job.id,
+            attempt=attempt.number,
+            spec=job.resolved_spec,
+            base_model=BaseModelSource(
+                location=base.base_location or base.directory or spec.base_model,
+                is_hub=base.is_hub,
+                revision=spec.base_model_revision,
+                adapter_dir=base.adapter_dir,
+            ),
+            training_dataset=self._source(await self._datasets.find(job.tenant, spec.training_dataset)),
+            checkpoints_dir=str(checkpoints),
+            model_dir=str(self._registry.directory(attempt.model_id)),
+            cache_dir=str(settings.data_dir / "cache"),
+            resume_from=str(checkpoints / attempt.resume_from) if attempt.resume_from else "",
+            threads=settings.threads,
+            cuda_devices=settings.devices[slot : slot + 1],
+            wake_socket=settings.wake_socket,
+            heartbeat_seconds=settings.heartbeat_seconds,
+            model_id=attempt.model_id,
+            computed_tokens=job.progress.computed_tokens,
+        )
+        if spec.validation_dataset:
+            task.validation_dataset.CopyFrom(
+                self._source(await self._datasets.find(job.tenant, spec.validation_dataset))
+            )
+        if settings.puppet is not None:
+            task.puppet.CopyFrom(settings.puppet)
+            if spec.hyperparameters.max_steps:
+                task.puppet.steps = spec.hyperparameters.max_steps
+        return task
+
+    def _source(self, dataset: Dataset) -> DatasetSource:
+        return DatasetSource(
+            path=str(self._datasets.blob(dataset)),
+            id=dataset.id,
+            name=f"{dataset.name}@{dataset.version}",
+            sha256=dataset.sha256,
+            rows=dataset.row_count,
+        )

@@ -1,0 +1,158 @@
+"""luthierd's settings, read once: flags, then LUTHIER_* variables, then a TOML file, then the defaults here."""
+
+import argparse
+import dataclasses
+import os
+import sys
+import tomllib
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass, field
+from pathlib import Path
+from typing import Any
+
+_LOOPBACK = ("127.", "localhost", "[::1]", "unix:")
+
+
+class SettingsError(Exception):
+    """A setting that cannot be used; the message names it."""
+
+
+def _data_dir() -> Path:
+    if sys.platform == "darwin":
+        return Path.home() / "Library" / "Application Support" / "luthier"
+    return Path(os.environ.get("XDG_DATA_HOME") or Path.home() / ".local" / "share") / "luthier"
+
+
+def _option(default: Any, text: str, **metadata: Any) -> Any:
+    metadata["help"] = text
+    if callable(default):
+        return field(default_factory=default, metadata=metadata)
+    return field(default=default, metadata=metadata)
+
+
+@dataclass(frozen=True, slots=True)
+class Settings:
+    """Every setting; the name of a field is its flag (`--data-dir`), variable (`LUTHIER_DATA_DIR`) and TOML key."""
+
+    listen: str = _option("127.0.0.1:50051", "address to serve gRPC on, HOST:PORT; port 0 takes a free one")
+    data_dir: Path = _option(_data_dir, "folder for the database, datasets, checkpoints and models")
+    slots: int = _option(0, "jobs that run at once; 0 means one per GPU, or one without", metavar="N")
+    insecure_bind: bool = _option(False, "allow an address other than loopback, although nothing is authenticated")
+    warm: str = _option("on", "keep a warm trainer host, so that jobs start at once", choices=("on", "off"))
+    model_root: tuple[Path, ...] = _option(tuple, "folder from which base models may be taken; may be repeated")
+    secrets_dir: Path | None = _option(None, "folder of secrets, one file each, that specs refer to by name")
+    threads: int = _option(0, "CPU threads of each trainer; 0 lets torch decide", metavar="N")
+    max_queued: int = _option(10_000, "jobs that may wait", metavar="N")
+    max_dataset_bytes: int = _option(16 * 2**30, "largest dataset file", metavar="BYTES")
+    max_watchers: int = _option(20_000, "watches that may be open", metavar="N")
+    heartbeat_seconds: float = _option(15.0, "idle time after which a watch carries a heartbeat", metavar="S")
+    slow_consumer_seconds: float = _option(30.0, "time after which a watcher that does not read is let go", metavar="S")
+    stall_timeout: float = _option(300.0, "silence after which a trainer is killed", metavar="S")
+    cancel_grace: float = _option(5.0, "time a cancelled trainer has to save and leave", metavar="S")
+    stop_grace: float = _option(30.0, "time a trainer has to save and leave when the server stops", metavar="S")
+    trainer_python: str = _option(sys.executable, "the Python that has luthier-trainer", metavar="PATH")
+    external_host: bool = _option(False, "use a trainer host that somebody else starts and ends, as in compose.yaml")
+    log_level: str = _option("info", "least level that is logged", choices=("debug", "info", "warning", "error"))
+    puppet: str = _option("", argparse.SUPPRESS)
+
+    @property
+    def warmed(self) -> bool:
+        """Whether the trainer host imports torch ahead of the first job."""
+        return self.warm == "on"
+
+
+_FIELDS = {each.name: each for each in dataclasses.fields(Settings)}
+
+
+def _parser() -> argparse.ArgumentParser:
+    parser = argparse.ArgumentParser(
+        prog="luthierd",
+        description="The daemon of Luthier: keeps fine-tuning jobs, drives trainers, streams their progress over gRPC.",
+        epilog="Every flag is also a variable (LUTHIER_DATA_DIR) and a key of the TOML file (data_dir).",
+        formatter_class=argparse.ArgumentDefaultsHelpFormatter,
+        argument_default=argparse.SUPPRESS,
+    )
+    parser.add_argument("--config", metavar="FILE", help="TOML file with settings (LUTHIER_CONFIG)")
+    for each in _FIELDS.values():
+        flag = "--" + each.name.replace("_", "-")
+        options = {key: value for key, value in each.metadata.items() if key != "help"}
+        text = each.metadata["help"]
+        if text != argparse.SUPPRESS and each.default is not dataclasses.MISSING and each.default not in (None, False):
+            text = f"{text} (default: {each.default})"
+        if each.type is bool:
+            parser.add_argument(flag, action="store_true", help=text)
+        elif each.type == tuple[Path, ...]:
+            parser.add_argument(flag, action="append", metavar="DIR", help=text)
+        else:
+            options.setdefault("metavar", None if "choices" in options else each.name.upper())
+            parser.add_argument(flag, help=text, **options)
+    parser.formatter_class = argparse.HelpFormatter
+    return parser
+
+
+def _typed(name: str, value: Any, source: str) -> Any:
+    kind = _FIELDS[name].type
+    try:
+        if kind is bool:
+            if isinstance(value, bool):
+                return value
+            words = {"1": True, "true": True, "yes": True, "on": True, "0": False, "false": False, "no": False}
+            return words[str(value).lower()]
+        if kind == tuple[Path, ...]:
+            parts = value if isinstance(value, list) else [part for part in str(value).split(os.pathsep) if part]
+            return tuple(Path(part).expanduser() for part in parts)
+        if kind in (Path, Path | None):
+            return Path(str(value)).expanduser()
+        if kind is int and isinstance(value, str):
+            return int(value.replace("_", ""))
+        if kind in (int, float):
+            return kind(value)
+    except (ValueError, KeyError, TypeError) as error:
+        raise SettingsError(f"{source}: {name} cannot be {value!r}") from error
+    choices = _FIELDS[name].metadata.get("choices")
+    if choices and value not in choices:
+        raise SettingsError(f"{source}: {name} must be one of {', '.join(choices)}, not {value!r}")
+    return str(value)
+
+
+def _from_file(path: Path) -> dict[str, Any]:
+    try:
+        found = tomllib.loads(path.read_text())
+    except (OSError, tomllib.TOMLDecodeError) as error:
+        raise SettingsError(f"{path}: {error}") from error
+    if unknown := sorted(set(found) - set(_FIELDS)):
+        raise SettingsError(f"{path}: unknown key {', '.join(unknown)}; known are {', '.join(_FIELDS)}")
+    return {name: _typed(name, value, str(path)) for name, value in found.items()}
+
+
+def read(arguments: Sequence[str], environment: Mapping[str, str]) -> Settings:
+    """The settings of this start. Raises SettingsError; SystemExit for --help or a flag that does not exist."""
+    flags = vars(_parser().parse_args(arguments))
+    config = flags.pop("config", None) or environment.get("LUTHIER_CONFIG")
+    values = _from_file(Path(config)) if config else {}
+    for name in _FIELDS:
+        variable = f"LUTHIER_{name.upper()}"
+        if variable in environment:
+            values[name] = _typed(name, environment[variable], variable)
+    for name, value in flags.items():
+        values[name] = _typed(name, value, "--" + name.replace("_", "-"))
+    settings = Settings(**values)
+    _check(settings)
+    return settings
+
+
+def _check(settings: Settings) -> None:
+    host, colon, port = settings.listen.rpartition(":")
+    if not colon or not (settings.listen.startswith("unix:") or port.isdigit()):
+        raise SettingsError(f"--listen must be HOST:PORT, not '{settings.listen}'")
+    if not settings.listen.startswith(_LOOPBACK) and not settings.insecure_bind:
+        raise SettingsError(
+            f"refusing to listen on {host or 'every address'}: nothing is authenticated yet, so anybody who reaches "
+            "the port could run jobs. Listen on 127.0.0.1, or pass --insecure-bind if the network is yours alone"
+        )
+    for name in ("slots", "threads"):
+        if getattr(settings, name) < 0:
+            raise SettingsError(f"--{name} must not be negative")
+    for root in settings.model_root:
+        if not root.is_dir():
+            raise SettingsError(f"--model-root {root}: there is no such folder")

@@ -1,0 +1,206 @@
+"""What a job may ask for: the rules that its spec must keep, and the defaults that the server fills in.
+
+Rules on one field stand in the proto (protovalidate); rules between fields stand here.
+"""
+
+import difflib
+import math
+from collections.abc import Iterable, Iterator, Sequence
+
+import protovalidate
+from google.protobuf.message import Message
+
+from luthier.v1.job_pb2 import (
+    Evaluation,
+    FineTuneTask,
+    Hyperparameters,
+    JobSpec,
+    Lora,
+    LrScheduler,
+    Sft,
+)
+from luthier_server.errors import InvalidArgument, Violation
+
+MAX_VIOLATIONS = 25
+_validator = protovalidate.Validator()
+
+
+def rule_violations(message: Message) -> list[Violation]:
+    """Every rule of the proto that `message` breaks."""
+    found = []
+    for violation in _validator.collect_violations(message):
+        path = ""
+        field = violation.proto.field
+        for element in field.elements if field is not None else ():
+            path += f".{element.field_name}" if path else element.field_name
+            if element.subscript is not None:
+                value = element.subscript.value
+                path += f'["{value}"]' if isinstance(value, str) else f"[{value}]"
+        text = violation.proto.message or violation.proto.rule_id
+        found.append(Violation(path, f"the key {text}" if violation.proto.for_key else text))
+    return found
+
+
+def check(message: Message) -> None:
+    """Raises InvalidArgument with every rule of the proto that `message` breaks."""
+    refuse(rule_violations(message))
+
+
+def refuse(violations: Sequence[Violation]) -> None:
+    """Raises InvalidArgument when there are violations."""
+    if not violations:
+        return
+    first = violations[0]
+    more = f" (and {len(violations) - 1} more)" if len(violations) > 1 else ""
+    raise InvalidArgument(f"{first.field}: {first.description}{more}", violations[:MAX_VIOLATIONS])
+
+
+def cross_violations(spec: JobSpec) -> Iterator[Violation]:
+    """Rules between the fields of a spec, and fields that are not honoured yet."""
+    if spec.HasField("priority"):
+        yield Violation("spec.priority", "is not honoured yet: leave it unset")
+    if spec.HasField("resources"):
+        yield Violation("spec.resources", "is not honoured yet: leave it unset")
+    if spec.WhichOneof("task") != "fine_tune":
+        return
+    task = spec.fine_tune
+    numbers = task.hyperparameters
+    path = "spec.fine_tune.hyperparameters"
+    if _epochs(numbers) == 0 and not numbers.max_steps:
+        yield Violation(f"{path}.epochs", "epochs and max_steps are both 0: nothing would be trained")
+    if numbers.HasField("warmup_steps") and numbers.HasField("warmup_ratio"):
+        yield Violation(f"{path}.warmup_ratio", "give warmup_steps or warmup_ratio, not both")
+    parts = _micro(numbers)
+    if parts and numbers.HasField("batch_size") and numbers.batch_size != parts:
+        yield Violation(
+            f"{path}.batch_size",
+            f"is {numbers.batch_size}, but per_device_train_batch_size x gradient_accumulation_steps is {parts}",
+        )
+    if parts > 65536:
+        yield Violation(f"{path}.gradient_accumulation_steps", f"makes a batch of {parts} examples; 65536 at most")
+    if task.validation_dataset and task.validation_fraction:
+        yield Violation(
+            "spec.fine_tune.validation_fraction", "give validation_dataset or validation_fraction, not both"
+        )
+    if task.evaluation.HasField("every_steps") and task.evaluation.HasField("every_epochs"):
+        yield Violation("spec.fine_tune.evaluation.every_epochs", "give every_steps or every_epochs, not both")
+    if _evaluates(task.evaluation) and not (task.validation_dataset or task.validation_fraction):
+        yield Violation("spec.fine_tune.evaluation", "needs data: set validation_dataset or validation_fraction")
+
+
+def module_violations(lora: Lora, module_names: Sequence[str], base_model: str) -> Iterator[Violation]:
+    """Names among the adapter's modules that match nothing in the base model, with the nearest ones.
+
+    A name matches a module that equals it or ends with `.name`: PEFT's own rule. PEFT ignores an unknown name in
+    modules_to_save without a word, so it must be refused here.
+    """
+    if not module_names:
+        return
+    endings = {ending for name in module_names for ending in _endings(name)}
+    for field, names in (("target_modules", lora.target_modules), ("modules_to_save", lora.modules_to_save)):
+        for index, name in enumerate(names):
+            if name in endings or (field == "target_modules" and name == "all-linear"):
+                continue
+            known = sorted({each.rpartition(".")[2] for each in module_names} - {""})
+            near = difflib.get_close_matches(name, known, n=3, cutoff=0.5)
+            hint = f"did you mean {' or '.join(near)}?" if near else f"it has {', '.join(known[:12])}"
+            yield Violation(
+                f"spec.fine_tune.lora.{field}[{index}]", f"'{name}' matches no module of {base_model}: {hint}"
+            )
+
+
+def _endings(name: str) -> Iterable[str]:
+    parts = name.split(".")
+    return (".".join(parts[start:]) for start in range(len(parts)))
+
+
+def _micro(numbers: Hyperparameters) -> int:
+    """Examples a step by the pair of fields that other trainers use; 0 when neither is given."""
+    if not (numbers.HasField("per_device_train_batch_size") or numbers.HasField("gradient_accumulation_steps")):
+        return 0
+    return (numbers.per_device_train_batch_size or 1) * (numbers.gradient_accumulation_steps or 1)
+
+
+def _epochs(numbers: Hyperparameters) -> float:
+    if numbers.HasField("epochs"):
+        return numbers.epochs
+    return 0 if numbers.max_steps else 3
+
+
+def _evaluates(evaluation: Evaluation) -> bool:
+    return evaluation.HasField("every_steps") or evaluation.HasField("every_epochs")
+
+
+def _default(message: Message, field: str, value: float | int) -> None:
+    if not message.HasField(field):
+        setattr(message, field, value)
+
+
+def resolved(spec: JobSpec, *, rows: int, max_positions: int) -> JobSpec:
+    """The spec with every default that the comments in `job.proto` promise.
+
+    `rows` of training data decide how many steps there are, `max_positions` (0: unknown) how long an example may be.
+    """
+    full = JobSpec()
+    full.CopyFrom(spec)
+    _default(full, "max_retries", 0)
+    task = full.fine_tune
+    if task.WhichOneof("objective") is None:
+        task.sft.CopyFrom(Sft())
+    if task.WhichOneof("adaptation") is None:
+        task.lora.CopyFrom(Lora())
+    if task.WhichOneof("adaptation") == "lora":
+        _resolve_lora(task.lora)
+    _default(task, "validation_fraction", 0.0)
+    _resolve_hyperparameters(task, max_positions)
+    steps = _steps(task, rows)
+    _default(task.checkpoints, "every_steps", max(50, math.ceil(steps / 10)))
+    _default(task.checkpoints, "keep", 2)
+    if (task.validation_dataset or task.validation_fraction) and not _evaluates(task.evaluation):
+        task.evaluation.every_epochs = 1
+    _default(task.evaluation, "sample_max_tokens", 128)
+    return full
+
+
+def _resolve_lora(lora: Lora) -> None:
+    _default(lora, "rank", 16)
+    _default(lora, "alpha", 2.0 * lora.rank)
+    _default(lora, "dropout", 0.0)
+    if not lora.target_modules:
+        lora.target_modules.append("all-linear")
+
+
+def _resolve_hyperparameters(task: FineTuneTask, max_positions: int) -> None:
+    numbers = task.hyperparameters
+    _default(numbers, "batch_size", _micro(numbers) or 16)
+    numbers.ClearField("per_device_train_batch_size")
+    numbers.ClearField("gradient_accumulation_steps")
+    _default(numbers, "learning_rate", 2e-5 if task.HasField("full") else 2e-4)
+    _default(numbers, "weight_decay", 0.0)
+    if numbers.lr_scheduler == LrScheduler.LR_SCHEDULER_UNSPECIFIED:
+        numbers.lr_scheduler = LrScheduler.LR_SCHEDULER_COSINE
+    if not numbers.HasField("warmup_steps"):
+        _default(numbers, "warmup_ratio", 0.03)
+    _default(numbers, "max_grad_norm", 1.0)
+    if epochs := _epochs(numbers):
+        numbers.epochs = epochs
+    else:
+        numbers.ClearField("epochs")
+    if not numbers.max_steps:
+        numbers.ClearField("max_steps")
+    _default(numbers, "max_length", min(1024, max_positions or 1024))
+    _default(numbers, "seed", 0)
+    numbers.attn_implementation = numbers.attn_implementation or "auto"
+    _default(numbers, "log_every", 1)
+    _default(numbers, "adam_beta1", 0.9)
+    _default(numbers, "adam_beta2", 0.999)
+    _default(numbers, "adam_epsilon", 1e-8)
+
+
+def _steps(task: FineTuneTask, rows: int) -> int:
+    numbers = task.hyperparameters
+    held_out = max(1, int(rows * task.validation_fraction)) if task.validation_fraction else 0
+    an_epoch = max(1, math.ceil((rows - held_out) / numbers.batch_size))
+    by_epochs = math.ceil(an_epoch * numbers.epochs) if numbers.HasField("epochs") else None
+    by_limit = numbers.max_steps if numbers.HasField("max_steps") else None
+    return min(each for each in (by_epochs, by_limit) if each is not None)

@@ -1,0 +1,1 @@
+"""What is durable: one SQLite database, written by one task."""

@@ -1,0 +1,127 @@
+"""Datasets as rows."""
+
+import dataclasses
+from dataclasses import dataclass
+
+from luthier.v1.dataset_pb2 import DatasetFormat
+from luthier_server.job import AT_REST
+from luthier_server.store.database import Database, Row, Transaction
+
+
+@dataclass(frozen=True, slots=True)
+class Dataset:
+    """One immutable version of a dataset. create_time: microseconds since the epoch."""
+
+    id: str
+    tenant: str
+    name: str
+    version: int
+    sha256: str
+    size_bytes: int
+    row_count: int
+    format: DatasetFormat.ValueType
+    create_time: int
+
+
+_COLUMNS = ", ".join(each.name for each in dataclasses.fields(Dataset))
+
+
+def _dataset(row: Row) -> Dataset:
+    return Dataset(**{name: row[name] for name in Dataset.__slots__})
+
+
+class Datasets:
+    """Reads datasets."""
+
+    def __init__(self, database: Database) -> None:
+        self._database = database
+
+    async def by_id(self, tenant: str, dataset_id: str) -> Dataset | None:
+        """The version with this id, or None."""
+        return await self._one("id = ?", tenant, dataset_id)
+
+    async def by_name(self, tenant: str, name: str, version: int = 0) -> Dataset | None:
+        """A version of a name, the newest for version 0; or None."""
+        if version:
+            return await self._one("name = ? AND version = ?", tenant, name, version)
+        return await self._one("name = ? ORDER BY version DESC LIMIT 1", tenant, name)
+
+    async def _one(self, where: str, tenant: str, *parameters: str | int) -> Dataset | None:
+        rows = await self._database.read(
+            f"SELECT {_COLUMNS} FROM datasets WHERE tenant = ? AND {where}", (tenant, *parameters)
+        )
+        return _dataset(rows[0]) if rows else None
+
+    async def page(self, tenant: str, *, below: str, limit: int, name: str) -> list[Dataset]:
+        """Datasets newest first, with ids below `below` (empty: from the newest)."""
+        rows = await self._database.read(
+            f"SELECT {_COLUMNS} FROM datasets WHERE tenant = ? AND (? = '' OR id < ?) AND (? = '' OR name = ?)"
+            " ORDER BY id DESC LIMIT ?",
+            (tenant, below, below, name, name, limit),
+        )
+        return [_dataset(row) for row in rows]
+
+    async def names(self, tenant: str) -> list[str]:
+        """Every name that has a version."""
+        rows = await self._database.read("SELECT DISTINCT name FROM datasets WHERE tenant = ? LIMIT 1000", (tenant,))
+        return [row["name"] for row in rows]
+
+    async def last_id(self) -> str:
+        """The newest id, or an empty string."""
+        rows = await self._database.read("SELECT max(id) AS id FROM datasets")
+        return rows[0]["id"] or ""
+
+
+async def insert(transaction: Transaction, dataset: Dataset) -> tuple[Dataset, bool]:
+    """Adds a dataset under the next version of its name; or finds the version that has these bytes already.
+
+    Returns the row and whether it is new.
+    """
+    rows = await transaction.fetch(
+        f"SELECT {_COLUMNS} FROM datasets WHERE tenant = ? AND name = ? AND sha256 = ?",
+        (dataset.tenant, dataset.name, dataset.sha256),
+    )
+    if rows:
+        return _dataset(rows[0]), False
+    [row] = await transaction.fetch(
+        "INSERT INTO dataset_names (tenant, name, last_version) VALUES (?, ?, 1)"
+        " ON CONFLICT (tenant, name) DO UPDATE SET last_version = last_version + 1 RETURNING last_version",
+        (dataset.tenant, dataset.name),
+    )
+    dataset = dataclasses.replace(dataset, version=row["last_version"])
+    await transaction.execute(
+        f"INSERT INTO datasets ({_COLUMNS}) VALUES ({', '.join('?' * len(Dataset.__slots__))})",
+        dataclasses.astuple(dataset),
+    )
+    return dataset, True
+
+
+async def present(transaction: Transaction, tenant: str, dataset_id: str) -> bool:
+    """Whether the dataset still exists."""
+    return bool(await transaction.fetch("SELECT 1 FROM datasets WHERE tenant = ? AND id = ?", (tenant, dataset_id)))
+
+
+async def hold(transaction: Transaction, tenant: str, dataset_id: str, job_id: str) -> None:
+    """Notes that a job needs the dataset."""
+    await transaction.execute(
+        "INSERT OR IGNORE INTO job_datasets (tenant, dataset_id, job_id) VALUES (?, ?, ?)",
+        (tenant, dataset_id, job_id),
+    )
+
+
+async def holders(transaction: Transaction, tenant: str, dataset_id: str) -> list[str]:
+    """Ids of jobs, not at rest, that need the dataset; at most 10."""
+    at_rest = tuple(AT_REST)
+    rows = await transaction.fetch(
+        "SELECT jobs.id FROM job_datasets JOIN jobs ON jobs.id = job_datasets.job_id"
+        " WHERE job_datasets.tenant = ? AND dataset_id = ?"
+        f" AND jobs.state NOT IN ({', '.join('?' * len(at_rest))}) LIMIT 10",
+        (tenant, dataset_id, *at_rest),
+    )
+    return [row["id"] for row in rows]
+
+
+async def delete(transaction: Transaction, dataset: Dataset) -> bool:
+    """Removes the row; returns whether its bytes are needed by no other dataset."""
+    await transaction.execute("DELETE FROM datasets WHERE tenant = ? AND id = ?", (dataset.tenant, dataset.id))
+    return not await transaction.fetch("SELECT 1 FROM datasets WHERE sha256 = ? LIMIT 1", (dataset.sha256,))

@@ -1,0 +1,235 @@
+"""Jobs and their attempts and checkpoints as rows. The mapping from a row to a Job stands here alone."""
+
+import functools
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass
+
+from google.protobuf import json_format
+
+from luthier.v1.job_pb2 import JobError, JobSpec, JobState, Progress
+from luthier_server.job import QUEUED, Job
+from luthier_server.store.database import Database, Row, Transaction
+
+
+@dataclass(frozen=True, slots=True)
+class Attempt:
+    """One trainer's life, as far as the server has read it. `outcome` is its last report (proto bytes), or empty."""
+
+    job_id: str
+    number: int
+    spool_offset: int
+    reports: int
+    reason: str
+    resume_from: str
+    model_id: str
+    pid: int
+    outcome: bytes
+    end_time: int
+
+
+@dataclass(frozen=True, slots=True)
+class Checkpoint:
+    """A checkpoint on disk, below the job's `checkpoints`."""
+
+    job_id: str
+    step: int
+    attempt: int
+    directory: str
+    size_bytes: int
+
+
+@functools.lru_cache(maxsize=8192)
+def _spec(text: str) -> JobSpec:
+    # Specs never change, and parsing one costs more than reading its row. Nobody may write to what comes from here.
+    return json_format.Parse(text, JobSpec())
+
+
+def _job(row: Row) -> Job:
+    return Job(
+        id=row["id"],
+        tenant=row["tenant"],
+        state=row["state"],
+        spec=_spec(row["spec"]),
+        resolved_spec=_spec(row["resolved_spec"]),
+        error=JobError.FromString(row["error"]),
+        progress=Progress.FromString(row["progress"]),
+        attempt=row["attempt"],
+        retries=row["retries"],
+        last_sequence=row["last_sequence"],
+        model_id=row["model_id"],
+        create_time=row["create_time"],
+        start_time=row["start_time"],
+        end_time=row["end_time"],
+    )
+
+
+def _attempt(row: Row) -> Attempt:
+    return Attempt(**{name: row[name] for name in Attempt.__slots__})
+
+
+class Jobs:
+    """Reads jobs; the functions below write them, inside a transaction."""
+
+    def __init__(self, database: Database) -> None:
+        self._database = database
+
+    async def get(self, tenant: str, job_id: str) -> Job | None:
+        """The job, or None."""
+        rows = await self._database.read("SELECT * FROM jobs WHERE tenant = ? AND id = ?", (tenant, job_id))
+        return _job(rows[0]) if rows else None
+
+    async def by_request(self, tenant: str, request_id: str) -> tuple[Job, str] | None:
+        """The job that a request made, and the SHA-256 of that request's body."""
+        rows = await self._database.read("SELECT * FROM jobs WHERE tenant = ? AND request_id = ?", (tenant, request_id))
+        return (_job(rows[0]), rows[0]["request_sha256"]) if rows else None
+
+    async def page(
+        self,
+        tenant: str,
+        *,
+        below: str,
+        limit: int,
+        states: Sequence[JobState.ValueType],
+        labels: Mapping[str, str],
+        id_prefix: str,
+    ) -> list[Job]:
+        """Jobs newest first, with ids below `below` (empty: from the newest)."""
+        sql = ["SELECT * FROM jobs WHERE tenant = ?"]
+        parameters: list[str | int] = [tenant]
+        if below:
+            sql.append("AND id < ?")
+            parameters.append(below)
+        if states:
+            sql.append(f"AND state IN ({', '.join('?' * len(states))})")
+            parameters.extend(states)
+        for key, value in labels.items():
+            sql.append("AND id IN (SELECT job_id FROM job_labels WHERE tenant = ? AND key = ? AND value = ?)")
+            parameters.extend((tenant, key, value))
+        if id_prefix:
+            sql.append("AND id >= ? AND id < ?")
+            parameters.extend((id_prefix, id_prefix + "\U0010ffff"))
+        sql.append("ORDER BY id DESC LIMIT ?")
+        parameters.append(limit)
+        return [_job(row) for row in await self._database.read(" ".join(sql), parameters)]
+
+    async def queued_ids(self, tenant: str) -> list[str]:
+        """Ids of the jobs that wait for a slot, the next one first."""
+        rows = await self._database.read(
+            "SELECT id FROM jobs WHERE tenant = ? AND state = ? ORDER BY id", (tenant, QUEUED)
+        )
+        return [row["id"] for row in rows]
+
+    async def open_attempts(self) -> list[Attempt]:
+        """Attempts that nobody has settled."""
+        rows = await self._database.read("SELECT * FROM attempts WHERE end_time = 0 ORDER BY job_id, number")
+        return [_attempt(row) for row in rows]
+
+    async def attempt(self, job_id: str, number: int) -> Attempt:
+        """An attempt that exists."""
+        rows = await self._database.read("SELECT * FROM attempts WHERE job_id = ? AND number = ?", (job_id, number))
+        return _attempt(rows[0])
+
+    async def checkpoints(self, tenant: str, job_id: str) -> list[Checkpoint]:
+        """Checkpoints, newest first: by attempt, then by step."""
+        rows = await self._database.read(
+            "SELECT * FROM checkpoints WHERE tenant = ? AND job_id = ? ORDER BY attempt DESC, step DESC",
+            (tenant, job_id),
+        )
+        return [Checkpoint(**{name: row[name] for name in Checkpoint.__slots__}) for row in rows]
+
+    async def last_id(self) -> str:
+        """The newest id, or an empty string."""
+        rows = await self._database.read("SELECT max(id) AS id FROM jobs")
+        return rows[0]["id"] or ""
+
+
+async def insert(transaction: Transaction, job: Job, request_id: str, request_sha256: str) -> None:
+    """Adds a job with its labels. Raises sqlite3.IntegrityError when the request id is taken."""
+    await transaction.execute(
+        "INSERT INTO jobs (id, tenant, state, spec, resolved_spec, request_id, request_sha256, create_time)"
+        " VALUES (?, ?, ?, ?, ?, ?, ?, ?)",
+        (
+            job.id,
+            job.tenant,
+            job.state,
+            json_format.MessageToJson(job.spec, indent=None),
+            json_format.MessageToJson(job.resolved_spec, indent=None),
+            request_id or None,
+            request_sha256,
+            job.create_time,
+        ),
+    )
+    if job.spec.labels:
+        await transaction.execute_many(
+            "INSERT INTO job_labels (tenant, key, value, job_id) VALUES (?, ?, ?, ?)",
+            [(job.tenant, key, value, job.id) for key, value in job.spec.labels.items()],
+        )
+
+
+async def load(transaction: Transaction, job_id: str) -> Job | None:
+    """The job as the transaction sees it, or None."""
+    rows = await transaction.fetch("SELECT * FROM jobs WHERE id = ?", (job_id,))
+    return _job(rows[0]) if rows else None
+
+
+async def save(transaction: Transaction, job: Job) -> None:
+    """Writes everything of a job that can change."""
+    await transaction.execute(
+        "UPDATE jobs SET state = ?, error = ?, progress = ?, attempt = ?, retries = ?, last_sequence = ?, model_id = ?,"
+        " start_time = ?, end_time = ? WHERE id = ?",
+        (
+            job.state,
+            job.error.SerializeToString(),
+            job.progress.SerializeToString(),
+            job.attempt,
+            job.retries,
+            job.last_sequence,
+            job.model_id,
+            job.start_time,
+            job.end_time,
+            job.id,
+        ),
+    )
+
+
+async def load_attempt(transaction: Transaction, job_id: str, number: int) -> Attempt:
+    """An attempt that exists, as the transaction sees it."""
+    rows = await transaction.fetch("SELECT * FROM attempts WHERE job_id = ? AND number = ?", (job_id, number))
+    return _attempt(rows[0])
+
+
+async def insert_attempt(transaction: Transaction, attempt: Attempt, tenant: str, now: int) -> None:
+    """Adds an attempt that is about to start."""
+    await transaction.execute(
+        "INSERT INTO attempts (tenant, job_id, number, reason, resume_from, model_id, start_time)"
+        " VALUES (?, ?, ?, ?, ?, ?, ?)",
+        (tenant, attempt.job_id, attempt.number, attempt.reason, attempt.resume_from, attempt.model_id, now),
+    )
+
+
+async def save_attempt(transaction: Transaction, attempt: Attempt) -> None:
+    """Writes how far an attempt's spool is ingested, and its end."""
+    await transaction.execute(
+        "UPDATE attempts SET spool_offset = ?, reports = ?, pid = ?, outcome = ?, end_time = ?"
+        " WHERE job_id = ? AND number = ?",
+        (
+            attempt.spool_offset,
+            attempt.reports,
+            attempt.pid,
+            attempt.outcome,
+            attempt.end_time,
+            attempt.job_id,
+            attempt.number,
+        ),
+    )
+
+
+async def insert_checkpoints(
+    transaction: Transaction, tenant: str, checkpoints: Sequence[Checkpoint], now: int
+) -> None:
+    """Adds checkpoints that are on disk."""
+    await transaction.execute_many(
+        "INSERT OR REPLACE INTO checkpoints (tenant, job_id, step, attempt, directory, size_bytes, create_time)"
+        " VALUES (?, ?, ?, ?, ?, ?, ?)",
+        [(tenant, each.job_id, each.step, each.attempt, each.directory, each.size_bytes, now) for each in checkpoints],
+    )
