@@ -1,0 +1,139 @@
+"""Stopping, killing and starting luthierd loses no job and no event."""
+
+import os
+import subprocess
+import sys
+import threading
+from collections.abc import Callable
+from pathlib import Path
+
+import grpc
+import pytest
+from daemon import Daemon, dense, kinds, puppet, reason, small, until
+
+from luthier.v1 import fine_tuning_pb2 as ft
+from luthier.v1.event_pb2 import JobEvent
+from luthier.v1.job_pb2 import Checkpoints, JobState
+
+Start = Callable[..., Daemon]
+SLOW = puppet(steps=60, step_seconds=0.05)
+
+
+def trained(events: list[JobEvent]) -> list[int]:
+    """The steps that count: those of a later attempt replace the discarded ones."""
+    steps: list[int] = []
+    for event in events:
+        if event.HasField("attempt_started"):
+            steps = [step for step in steps if step <= event.attempt_started.resumed_from_step]
+        if event.HasField("step_completed"):
+            steps.append(event.step_completed.step)
+    return steps
+
+
+@pytest.mark.parametrize("end", ["stop", "kill"])
+def test_a_server_that_ends_in_the_middle_of_training_goes_on_from_the_checkpoint(daemons: Start, end: str) -> None:
+    daemon = daemons(*SLOW)
+    daemon.upload()
+    job = daemon.create(small(checkpoints=Checkpoints(every_steps=5)))
+    waiting = daemon.create()
+    daemon.wait_for_step(job.id, 7)
+    before = [event for response in _first(daemon, job.id) for event in response.events]
+    if end == "stop":
+        assert daemon.stop() == 0
+        with pytest.raises(OSError):
+            daemon.host()
+    else:
+        daemon.kill()
+    daemon.start()
+    events = list(daemon.watch(job.id))
+    assert dense(events)
+    assert events[: len(before)] == before
+    assert kinds(events)[-1] == "SUCCEEDED"
+    assert trained(events) == list(range(1, 61))
+    attempts = [event.attempt_started for event in events if event.HasField("attempt_started")]
+    assert [each.attempt for each in attempts] == [1, 2]
+    assert attempts[1].reason == "SERVER_RESTARTED"
+    assert attempts[1].resumed_from_step >= 5
+    assert daemon.wait(waiting.id).state == JobState.JOB_STATE_SUCCEEDED
+
+
+def _first(daemon: Daemon, job_id: str) -> list[ft.WatchJobResponse]:
+    stream = daemon.fine_tuning.WatchJob(ft.WatchJobRequest(job_id=job_id))
+    response = next(stream)
+    stream.cancel()
+    return [response]
+
+
+def test_no_trainer_of_a_killed_server_lives_beside_the_next_attempt(daemons: Start) -> None:
+    daemon = daemons(*puppet(steps=400, step_seconds=0.05, stubborn=True))
+    daemon.upload()
+    job = daemon.create()
+    daemon.wait_for_step(job.id, 2)
+    (old,) = daemon.host().trainers
+    daemon.kill()
+    os.kill(old.pid, 0)
+    daemon.start()
+    until(lambda: daemon.get(job.id).attempt == 2, what="the second attempt")
+    until(lambda: [each.pid for each in daemon.host().trainers] not in ([], [old.pid]), what="the new trainer")
+    assert old.pid not in [each.pid for each in daemon.host().trainers]
+    daemon.process.kill()
+
+
+def test_a_job_that_finished_while_no_server_was_there_has_succeeded(daemons: Start) -> None:
+    daemon = daemons(*puppet(steps=30, step_seconds=0.05))
+    daemon.upload()
+    job = daemon.create()
+    daemon.wait_for_step(job.id, 3)
+    daemon.kill()
+    until(lambda: not daemon.host().trainers, what="the trainer's end")
+    daemon.start()
+    events = list(daemon.watch(job.id))
+    assert dense(events)
+    assert kinds(events)[-1] == "SUCCEEDED"
+    assert {event.attempt for event in events} == {0, 1}
+
+
+def test_a_draining_server_ends_watches_with_unavailable_and_never_with_ok(daemons: Start) -> None:
+    daemon = daemons(*SLOW)
+    daemon.upload()
+    job = daemon.create()
+    ended: list[grpc.RpcError] = []
+
+    def watch() -> None:
+        try:
+            for _ in daemon.watch(job.id):
+                pass
+        except grpc.RpcError as error:
+            ended.append(error)
+
+    watcher = threading.Thread(target=watch)
+    watcher.start()
+    daemon.wait_for_step(job.id, 3)
+    daemon.process.terminate()
+    watcher.join(20)
+    assert ended[0].code() == grpc.StatusCode.UNAVAILABLE
+    assert reason(ended[0]) == "SERVER_DRAINING"
+    assert daemon.process.wait(20) == 0
+
+
+def test_a_second_server_on_the_same_data_or_the_same_port_is_refused(daemons: Start, tmp_path: Path) -> None:
+    daemon = daemons()
+
+    def start(data: Path, listen: str) -> subprocess.CompletedProcess[str]:
+        command = [sys.executable, "-m", "luthier_server.main", "--data-dir", str(data), "--listen", listen]
+        return subprocess.run([*command, "--warm", "off"], capture_output=True, text=True, timeout=30)
+
+    same_data = start(daemon.data_dir, "127.0.0.1:0")
+    assert (same_data.returncode, "another luthierd works on" in same_data.stderr) == (2, True)
+    same_port = start(tmp_path / "second", daemon.address)
+    assert (same_port.returncode, "cannot listen on" in same_port.stderr) == (2, True)
+    outside = start(tmp_path / "third", "0.0.0.0:0")
+    assert (outside.returncode, "--insecure-bind" in outside.stderr) == (2, True)
+
+
+def test_a_server_loads_neither_torch_nor_the_trainer() -> None:
+    program = (
+        "import sys, luthier_server.main\n"
+        "assert not {'torch', 'transformers', 'numpy', 'luthier_trainer', 'luthier_client'} & set(sys.modules)"
+    )
+    subprocess.run([sys.executable, "-c", program], check=True)
