@@ -89,7 +89,7 @@ class Datasets:
         Raises InvalidArgument for a wrong hash or size, DatasetInvalid with the lines that are wrong, Exhausted for a
         file over the limit, StorageFull. Nothing is kept of an upload that fails.
         """
-        specs.check(metadata)
+        specs.refuse(specs.rule_violations(metadata, "metadata."))
         aside = self._incoming / uuid.uuid4().hex
         try:
             sha256, size = await self._receive(aside, chunks)

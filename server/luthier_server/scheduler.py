@@ -9,7 +9,7 @@ import structlog
 
 from luthier.trainer.v1.task_pb2 import BaseModelSource, ControlAction, DatasetSource, Puppet, TrainerTask
 from luthier_server.datasets import Datasets
-from luthier_server.errors import LuthierError
+from luthier_server.errors import LuthierError, StorageFull, StoreBusy
 from luthier_server.executors.base import Executor
 from luthier_server.job import CANCELLING, Job
 from luthier_server.jobs import Ending, Jobs
@@ -20,6 +20,7 @@ from luthier_server.store.datasets import Dataset
 from luthier_server.store.jobs import Attempt
 
 log = structlog.get_logger()
+_RETRY_SECONDS = 1.0
 
 
 @dataclass(frozen=True, slots=True)
@@ -84,13 +85,22 @@ class Scheduler:
         async with asyncio.TaskGroup() as group:
             while True:
                 self._jobs.changed.clear()
-                await self._control()
-                while self._free and not self._stopping and (job_id := await self._jobs.next_queued()):
-                    begun = await self._jobs.begin_attempt(job_id)
-                    if begun is not None:
-                        slot = self._free.pop(0)
-                        group.create_task(self._attempt(slot, *begun), name=f"attempt {job_id}")
-                await self._jobs.changed.wait()
+                try:
+                    await self._control()
+                    await self._fill(group)
+                except (StorageFull, StoreBusy) as error:
+                    # Waiting jobs wait on; the next look may find room.
+                    log.warning("no job can start", error=str(error))
+                    await asyncio.sleep(_RETRY_SECONDS)
+                else:
+                    await self._jobs.changed.wait()
+
+    async def _fill(self, group: asyncio.TaskGroup) -> None:
+        while self._free and not self._stopping and (job_id := await self._jobs.next_queued()):
+            begun = await self._jobs.begin_attempt(job_id)
+            if begun is not None:
+                slot = self._free.pop(0)
+                group.create_task(self._attempt(slot, *begun), name=f"attempt {job_id}")
 
     async def stop(self) -> None:
         """Starts nothing more, asks every trainer to save a checkpoint, and returns when all have left."""

@@ -25,8 +25,8 @@ MAX_VIOLATIONS = 25
 _validator = protovalidate.Validator()
 
 
-def rule_violations(message: Message) -> list[Violation]:
-    """Every rule of the proto that `message` breaks."""
+def rule_violations(message: Message, prefix: str = "") -> list[Violation]:
+    """Every rule of the proto that `message` breaks; `prefix` is put before the path of each field."""
     found = []
     for violation in _validator.collect_violations(message):
         path = ""
@@ -37,7 +37,7 @@ def rule_violations(message: Message) -> list[Violation]:
                 value = element.subscript.value
                 path += f'["{value}"]' if isinstance(value, str) else f"[{value}]"
         text = violation.proto.message or violation.proto.rule_id
-        found.append(Violation(path, f"the key {text}" if violation.proto.for_key else text))
+        found.append(Violation(prefix + path, f"the key {text}" if violation.proto.for_key else text))
     return found
 
 

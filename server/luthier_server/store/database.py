@@ -88,20 +88,27 @@ class Database:
 
         Raises StoreCorrupt for a file that is not a sound database, or one of a newer Luthier.
         """
-        writer = await _connect(path, "rwc")
-        readers: list[aiosqlite.Connection] = []
+        connections: list[aiosqlite.Connection] = []
         try:
-            await writer.execute("PRAGMA journal_mode=WAL")
-            await _migrate(writer, path)
-            for _ in range(_READERS):
-                readers.append(await _connect(path, "ro"))  # noqa: PERF401 - each must be closed if a later one fails
+            for mode in ("rwc", *["ro"] * _READERS):
+                connection = await aiosqlite.connect(
+                    f"{path.absolute().as_uri()}?mode={mode}", uri=True, isolation_level=None
+                )
+                connections.append(connection)
+                connection.row_factory = sqlite3.Row
+                for pragma in _PRAGMAS:
+                    await connection.execute(pragma)
+                if mode == "rwc":
+                    await connection.execute("PRAGMA journal_mode=WAL")
+                    await _migrate(connection, path)
         except BaseException as error:
-            for connection in (writer, *readers):
+            # A connection that is not closed keeps the process alive after the loop has ended.
+            for connection in connections:
                 await connection.close()
             if isinstance(error, sqlite3.DatabaseError):
                 raise _translated(error) from error
             raise
-        return cls(path, writer, readers)
+        return cls(path, connections[0], connections[1:])
 
     async def write(self, work: Callable[[Transaction], Awaitable[T]]) -> T:
         """Runs `work` in a transaction and returns its result once that is durable.
@@ -197,14 +204,6 @@ class Database:
             request.done.exception()  # a caller that is gone reads no exception
         else:
             request.done.set_result(request.result)
-
-
-async def _connect(path: Path, mode: str) -> aiosqlite.Connection:
-    connection = await aiosqlite.connect(f"{path.absolute().as_uri()}?mode={mode}", uri=True, isolation_level=None)
-    connection.row_factory = sqlite3.Row
-    for pragma in _PRAGMAS:
-        await connection.execute(pragma)
-    return connection
 
 
 async def _migrate(writer: aiosqlite.Connection, path: Path) -> None:
