@@ -172,7 +172,8 @@ def dense(events: Sequence[JobEvent]) -> bool:
 def details(error: grpc.RpcError) -> dict[str, Any]:
     """The details of a status by the name of their type."""
     found: dict[str, Any] = {}
-    for key, value in error.trailing_metadata() or ():
+    trailers: Any = error.trailing_metadata() or ()
+    for key, value in trailers:
         if key == "grpc-status-details-bin":
             for packed in status_pb2.Status.FromString(value).details:
                 name = packed.type_url.rpartition(".")[2]

@@ -1,5 +1,6 @@
 """Bad input is a clear error that names the field or the line, and nothing is lost by it."""
 
+import functools
 import os
 import random
 import socket
@@ -118,7 +119,8 @@ def test_details_stay_small_however_much_is_wrong(daemon: Daemon) -> None:
     spec = small(lora=Lora(target_modules=[f"{'x' * 150}{n}" for n in range(200)]))
     error = refused(lambda: daemon.create(spec))
     assert 1 <= len(violations(error)) <= 25
-    assert sum(len(value) for _, value in error.trailing_metadata()) < 6000
+    trailers: Any = error.trailing_metadata()
+    assert sum(len(value) for _, value in trailers) < 6000
 
 
 def test_unknown_things_are_not_found_by_their_kind(daemon: Daemon) -> None:
@@ -130,7 +132,9 @@ def test_unknown_things_are_not_found_by_their_kind(daemon: Daemon) -> None:
     assert "did you mean rows" in str(dataset.details())
     for name in ("model_x", "../../luthier.db", "job_01ARZ3NDEKTSV4RRFFQ69G5FAV:step-1", "/etc/passwd"):
         request = md.DownloadModelRequest(model_id=name)
-        assert refused(lambda r=request: list(daemon.models.DownloadModel(r))).code() == grpc.StatusCode.NOT_FOUND
+        assert (
+            refused(functools.partial(list, daemon.models.DownloadModel(request))).code() == grpc.StatusCode.NOT_FOUND
+        )
 
 
 def test_validate_only_answers_what_would_be_and_stores_nothing(daemon: Daemon) -> None:
@@ -202,17 +206,19 @@ def test_the_same_bytes_under_the_same_name_are_one_dataset(daemon: Daemon) -> N
 def test_bytes_that_do_not_decode_are_a_malformed_request(daemon: Daemon) -> None:
     dice = random.Random(7)
     for method in ("FineTuning/CreateJob", "FineTuning/GetJob", "Datasets/GetDataset", "Models/GetModel"):
-        raw = daemon.channel.unary_unary(f"/luthier.v1.{method}", None, None)
+        raw: Any = daemon.channel.unary_unary(f"/luthier.v1.{method}", None, None)
         for _ in range(50):
             body = bytes([0xFF]) + dice.randbytes(dice.randrange(1, 200))
-            error = refused(lambda c=raw, b=body: c(b, timeout=5))
+            error = refused(functools.partial(raw, body, timeout=5))
             assert (error.code(), reason(error)) == (grpc.StatusCode.INVALID_ARGUMENT, "MALFORMED_REQUEST")
 
 
 def test_a_message_of_64_mib_is_refused_before_it_is_read(daemon: Daemon) -> None:
     request = ft.CreateJobRequest(spec=JobSpec(display_name="x" * (64 * 2**20)))
     with grpc.insecure_channel(daemon.address, options=[("grpc.max_send_message_length", -1)]) as channel:
-        create = channel.unary_unary("/luthier.v1.FineTuning/CreateJob", ft.CreateJobRequest.SerializeToString, None)
+        create: Any = channel.unary_unary(
+            "/luthier.v1.FineTuning/CreateJob", ft.CreateJobRequest.SerializeToString, None
+        )
         assert refused(lambda: create(request, timeout=20)).code() == grpc.StatusCode.RESOURCE_EXHAUSTED
 
 
@@ -223,7 +229,7 @@ def test_a_frame_that_declares_two_gib_and_random_bytes_on_the_port_harm_nobody(
     preface = b"PRI * HTTP/2.0\r\n\r\nSM\r\n\r\n" + settings
     huge_frame = preface + b"\x7f\xff\xff\x00\x00\x00\x00\x00\x01" + b"\x00" * 64
     # A gRPC message whose length prefix says 2 GiB, in an otherwise sound call.
-    raw = daemon.channel.unary_unary("/luthier.v1.FineTuning/GetJob", None, None)
+    raw: Any = daemon.channel.unary_unary("/luthier.v1.FineTuning/GetJob", None, None)
     for body in (huge_frame, preface + dice.randbytes(4096), dice.randbytes(4096), b"GET / HTTP/1.1\r\n\r\n"):
         with socket.create_connection((host, int(port)), timeout=5) as connection:
             connection.sendall(body)

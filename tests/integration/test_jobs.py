@@ -6,6 +6,7 @@ import time
 import uuid
 from collections.abc import Callable
 from concurrent.futures import ThreadPoolExecutor
+from typing import Any
 
 import grpc
 import pytest
@@ -63,7 +64,7 @@ def test_a_watcher_that_never_reads_disturbs_nobody(daemons: Start) -> None:
     daemon.upload()
     job = daemon.create()
     with grpc.insecure_channel(daemon.address, options=[("grpc.use_local_subchannel_pool", 1)]) as channel:
-        watch = channel.unary_stream(
+        watch: Any = channel.unary_stream(
             "/luthier.v1.FineTuning/WatchJob",
             request_serializer=ft.WatchJobRequest.SerializeToString,
             response_deserializer=None,

@@ -25,17 +25,17 @@ def size(request: Paged) -> int:
     return min(request.page_size or _DEFAULT, _MOST)
 
 
-def _arguments(request: Message) -> bytes:
+def _seal(request: Message, last_id: str) -> bytes:
     bare = type(request)()
     bare.CopyFrom(request)
     bare.ClearField("page_token")
     bare.ClearField("page_size")
-    return hashlib.sha256(bare.SerializeToString(deterministic=True)).digest()[:9]
+    return hashlib.sha256(bare.SerializeToString(deterministic=True) + last_id.encode()).digest()[:9]
 
 
 def token(request: Message, last_id: str) -> str:
     """The token of the page that goes on below `last_id`."""
-    return base64.urlsafe_b64encode(_arguments(request) + last_id.encode()).decode()
+    return base64.urlsafe_b64encode(_seal(request, last_id) + last_id.encode()).decode()
 
 
 def below(request: Message, page_token: str) -> str:
@@ -47,7 +47,7 @@ def below(request: Message, page_token: str) -> str:
         last_id = raw[9:].decode("ascii")
     except (binascii.Error, UnicodeDecodeError):
         raw, last_id = b"", ""
-    if not last_id or raw[:9] != _arguments(request):
+    if not last_id or raw[:9] != _seal(request, last_id):
         raise InvalidArgument(
             "page_token does not belong to this request",
             [Violation("page_token", "must be next_page_token of a page with the same other arguments")],
