@@ -1,0 +1,1 @@
+"""Training data: files to rows, rows to conversations, conversations to tokens. Importing this loads nothing else."""
