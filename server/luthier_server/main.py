@@ -165,8 +165,10 @@ async def _daemon(chosen: Settings) -> AsyncIterator[Daemon]:
             for table in ("jobs", "datasets", "models")
         ]
         daemon = Daemon(chosen, database, history["value"], last_ids)
-        yield daemon
-        await daemon.executor.close()
+        try:
+            yield daemon
+        finally:
+            await daemon.executor.close()
     finally:
         await database.close()
 

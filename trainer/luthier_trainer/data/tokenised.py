@@ -24,7 +24,7 @@ import datasets
 import numpy as np
 import numpy.typing as npt
 import orjson
-import pyarrow as pa  # type: ignore[import-untyped]
+import pyarrow as pa
 import tokenizers
 import transformers
 from datasets.arrow_writer import ArrowWriter

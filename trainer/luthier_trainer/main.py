@@ -1,0 +1,113 @@
+"""A trainer's process: from a task file to a last report.
+
+`python -m luthier_trainer.main ATTEMPT_DIR` runs an attempt cold, in its own process; the host runs it in a warm fork.
+"""
+
+import os
+import sys
+import traceback
+from collections.abc import Mapping
+from pathlib import Path
+
+from luthier.trainer import attempt
+from luthier.trainer.v1 import report_pb2, task_pb2
+from luthier_trainer import puppet
+from luthier_trainer.control import Control, FileControl
+from luthier_trainer.errors import TrainingError
+from luthier_trainer.heartbeat import Heartbeat
+from luthier_trainer.logbook import Logbook
+from luthier_trainer.report import Reporter, checkpoint_step
+from luthier_trainer.spool import SpoolReporter
+
+EXIT_ENDED = 0  # Finished or Stopped is the last report
+EXIT_FAILED = 1  # Failed is the last report
+EXIT_NO_SPACE = 74  # the last report did not fit on the disk
+EXIT_NOT_MINE = 75  # nothing was reported: the attempt is another's, or over
+
+_HEARTBEAT_SECONDS = 5.0
+_OUT_OF_MEMORY_TEXTS = ("can't allocate memory", "not enough memory", "out of memory")
+
+
+def let_waiting_threads_sleep() -> None:
+    """Has OpenMP's idle threads sleep rather than spin; to be called before torch is loaded, and a set variable wins.
+
+    On two cores that other work shared, spinning made a job of 0.8 s take 3 to 27 s (two threads, four steps).
+    """
+    os.environ.setdefault("OMP_WAIT_POLICY", "PASSIVE")
+
+
+def run_attempt(attempt_dir: Path, secrets: Mapping[str, str]) -> int:
+    """Runs the attempt in this process's main thread and returns its exit code. `secrets` become environment variables.
+
+    The lock is held until the process ends, so that a free lock means that nothing of the attempt runs any more.
+    """
+    if attempt.try_lock(attempt_dir) is None or (attempt_dir / attempt.EXIT).exists():
+        return EXIT_NOT_MINE
+    task = task_pb2.TrainerTask.FromString((attempt_dir / attempt.TASK).read_bytes())
+    os.environ.update(secrets)
+    control = FileControl(attempt_dir)
+    control.install()
+    try:
+        reporter = SpoolReporter(attempt_dir, task.wake_socket)
+    except FileExistsError:
+        return EXIT_NOT_MINE
+    end = _train(task, Logbook(reporter), control)
+    try:
+        reporter.report(end, durable=True)
+    except TrainingError:
+        traceback.print_exc()
+        return EXIT_NO_SPACE
+    reporter.close()
+    return EXIT_FAILED if isinstance(end, report_pb2.Failed) else EXIT_ENDED
+
+
+def _train(
+    task: task_pb2.TrainerTask, reporter: Reporter, control: Control
+) -> report_pb2.Finished | report_pb2.Stopped | report_pb2.Failed:
+    """Reports the start, trains with a beating heart, and makes a last report out of whatever happens."""
+    try:
+        reporter.report(_started(task), durable=True)
+        with Heartbeat(reporter, task.heartbeat_seconds or _HEARTBEAT_SECONDS):
+            if task.HasField("puppet"):
+                return puppet.perform(task, reporter, control)
+            from luthier_trainer import sft
+
+            return sft.train(task, reporter, control)
+    except (Exception, SystemExit) as error:
+        traceback.print_exc()
+        return _failed(error)
+
+
+def _started(task: task_pb2.TrainerTask) -> report_pb2.Started:
+    checkpoint = Path(task.resume_from).name
+    step = checkpoint_step(checkpoint) if checkpoint else 0
+    return report_pb2.Started(pid=os.getpid(), resumed_from_step=step, checkpoint=checkpoint)
+
+
+def _failed(error: BaseException) -> report_pb2.Failed:
+    if isinstance(error, TrainingError):
+        return error.to_failed()
+    text = " ".join(str(error).split())[:500]
+    if _is_out_of_memory(error):
+        return TrainingError(
+            "OUT_OF_MEMORY",
+            f"the device has too little memory for this job: {text or type(error).__name__}",
+            "lower max_length or batch_size, choose bfloat16 or LoRA, or take a smaller base model",
+        ).to_failed()
+    return TrainingError(
+        "INTERNAL", f"{type(error).__name__}: {text}", "the trainer's log has the traceback"
+    ).to_failed()
+
+
+def _is_out_of_memory(error: BaseException) -> bool:
+    """Whether memory ran out: Python's, the device's (torch.OutOfMemoryError is a RuntimeError) or the CPU's."""
+    if isinstance(error, MemoryError):
+        return True
+    return isinstance(error, RuntimeError) and any(text in str(error).lower() for text in _OUT_OF_MEMORY_TEXTS)
+
+
+if __name__ == "__main__":
+    if len(sys.argv) != 2:
+        sys.exit("usage: python -m luthier_trainer.main ATTEMPT_DIR")
+    let_waiting_threads_sleep()
+    sys.exit(run_attempt(Path(sys.argv[1]), {}))
