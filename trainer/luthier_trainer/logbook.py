@@ -1,4 +1,4 @@
-"""What a trainer reports, in lines for people: the attempt's `trainer.log`, whose end explains a trainer that was lost."""
+"""What a trainer reports, in lines: an attempt's `trainer.log`, whose end explains a trainer that was lost."""
 
 import sys
 import time
