@@ -1,7 +1,4 @@
-"""All that happens to jobs: creating, finding, cancelling, and what their trainers report.
-
-Only this module moves a job's state. A trainer only reports.
-"""
+"""Jobs as clients see them: creating, finding, cancelling."""
 
 import asyncio
 import dataclasses
@@ -9,16 +6,13 @@ import hashlib
 import sqlite3
 import time
 from collections.abc import Callable, Mapping, Sequence
-from dataclasses import dataclass
 from pathlib import Path
 
 import structlog
 
-from luthier.trainer.v1.report_pb2 import TrainerReport
-from luthier.v1.event_pb2 import AttemptStarted, CheckpointSaved, JobEvent, StepCompleted
 from luthier.v1.job_pb2 import JobError, JobSpec, JobState, Progress
 from luthier_server import spec as specs
-from luthier_server.change import PAYLOADS, Change
+from luthier_server.change import Change
 from luthier_server.datasets import Datasets
 from luthier_server.errors import AlreadyExists, Draining, Exhausted, FailedPrecondition, NotFound, Violation
 from luthier_server.hub import Hub
@@ -27,20 +21,15 @@ from luthier_server.job import (
     ACTIVE,
     CANCELLED,
     CANCELLING,
-    FAILED,
-    PREPARING,
     QUEUED,
-    RUNNING,
-    SUCCEEDED,
     TERMINAL,
     Job,
 )
 from luthier_server.registry import Registry
 from luthier_server.store import datasets as dataset_rows
 from luthier_server.store import jobs as rows
-from luthier_server.store import models as model_rows
 from luthier_server.store.database import Database, Transaction
-from luthier_server.store.jobs import Attempt, Checkpoint
+from luthier_server.store.jobs import Checkpoint
 
 log = structlog.get_logger()
 _LAST = frozenset({"finished", "failed", "stopped"})
@@ -49,16 +38,6 @@ _LAST = frozenset({"finished", "failed", "stopped"})
 def microseconds() -> int:
     """Now, in microseconds since the epoch."""
     return time.time_ns() // 1000
-
-
-@dataclass(frozen=True, slots=True)
-class Ending:
-    """How an attempt's process ended, for what its last report does not say."""
-
-    lost_reason: str
-    lost_message: str
-    log_lines: Sequence[str] = ()
-    requeue: bool = False
 
 
 class Jobs:
@@ -73,7 +52,6 @@ class Jobs:
         jobs_dir: Path,
         *,
         job_ids: Ids,
-        model_ids: Ids,
         max_queued: int,
         clock: Callable[[], int] = microseconds,
     ) -> None:
@@ -84,7 +62,6 @@ class Jobs:
         self._registry = registry
         self._jobs_dir = jobs_dir
         self._job_ids = job_ids
-        self._model_ids = model_ids
         self._max_queued = max_queued
         self._clock = clock
         self._draining = False
@@ -225,9 +202,9 @@ class Jobs:
         there = sorted({each.step for each in known if self._kept(each)})
         raise NotFound("checkpoint", name, f"the job has steps {', '.join(map(str, there)) or 'none'}")
 
-    async def resume_point(self, job: Job) -> Checkpoint | None:
+    async def resume_point(self, tenant: str, job_id: str) -> Checkpoint | None:
         """The newest checkpoint that is on disk, or None."""
-        for each in await self._rows.checkpoints(job.tenant, job.id):
+        for each in await self._rows.checkpoints(tenant, job_id):
             if self._kept(each):
                 return each
         return None
@@ -265,156 +242,6 @@ class Jobs:
 
         return await self._database.write(work)
 
-    async def next_queued(self) -> str | None:
-        """The job that waited longest, or None."""
-        found = await self._database.read(
-            "SELECT id FROM jobs WHERE tenant = ? AND state = ? ORDER BY id LIMIT 1", ("default", QUEUED)
-        )
-        return found[0]["id"] if found else None
-
-    async def begin_attempt(self, job_id: str) -> tuple[Job, Attempt] | None:
-        """Gives a queued job its next attempt and makes it PREPARING; None when it does not wait any more."""
-        waiting = await self._rows.get("default", job_id)
-        if waiting is None:
-            return None
-        resume = await self.resume_point(waiting)
-
-        async def work(transaction: Transaction) -> tuple[Job, Attempt] | None:
-            job = await rows.load(transaction, job_id)
-            if job is None or job.state != QUEUED:
-                return None
-            change = Change(job, self._clock())
-            change.set(attempt=job.attempt + 1, start_time=job.start_time or change.now)
-            attempt = Attempt(
-                job_id=job_id,
-                number=change.job.attempt,
-                spool_offset=0,
-                reports=0,
-                reason="FIRST" if job.attempt == 0 else await _last_reason(transaction, job),
-                resume_from=resume.directory if resume else "",
-                model_id=self._model_ids.new("model"),
-                pid=0,
-                outcome=b"",
-                end_time=0,
-            )
-            await rows.insert_attempt(transaction, attempt, job.tenant, change.now)
-            change.move(PREPARING, "SLOT_FREE")
-            return await change.commit(transaction, self._hub, self.changed.set), attempt
-
-        return await self._database.write(work)
-
-    async def ingest(self, attempt: Attempt, reports: Sequence[TrainerReport], offset: int) -> Attempt:
-        """Turns an attempt's next reports into events, and remembers that its spool is read up to `offset`.
-
-        One transaction holds both, so that a report is ingested exactly once, whatever dies when.
-        """
-
-        async def work(transaction: Transaction) -> Attempt:
-            job = await rows.load(transaction, attempt.job_id)
-            stored = await rows.load_attempt(transaction, attempt.job_id, attempt.number)
-            if job is None or job.attempt != attempt.number or stored.spool_offset != attempt.spool_offset:
-                raise AssertionError(f"{attempt.job_id}: attempt {attempt.number} is not the one that is being read")
-            change = Change(job, self._clock())
-            after = dataclasses.replace(stored, spool_offset=offset)
-            checkpoints: list[Checkpoint] = []
-            for report in reports:
-                if report.sequence <= after.reports:
-                    raise AssertionError(f"{job.id}: report {report.sequence} came twice")
-                after = _take(change, dataclasses.replace(after, reports=report.sequence), report, checkpoints)
-            await rows.save_attempt(transaction, after)
-            await rows.insert_checkpoints(transaction, job.tenant, checkpoints, change.now)
-            await change.commit(transaction, self._hub, self.changed.set)
-            return after
-
-        return await self._database.write(work)
-
-    async def settle(self, attempt: Attempt, ending: Ending) -> Job:
-        """Ends an attempt whose process is gone and whose spool is read, by its last report or for want of one."""
-
-        async def work(transaction: Transaction) -> Job:
-            job = await rows.load(transaction, attempt.job_id)
-            stored = await rows.load_attempt(transaction, attempt.job_id, attempt.number)
-            if job is None or stored.end_time or job.attempt != attempt.number:
-                raise AssertionError(f"{attempt.job_id}: attempt {attempt.number} is settled already")
-            change = Change(job, self._clock())
-            await self._conclude(transaction, change, stored, ending)
-            await rows.save_attempt(transaction, dataclasses.replace(stored, end_time=change.now))
-            return await change.commit(transaction, self._hub, self.changed.set)
-
-        job = await self._database.write(work)
-        log.info("attempt ended", job_id=job.id, attempt=attempt.number, state=JobState.Name(job.state))
-        return job
-
-    async def _conclude(self, transaction: Transaction, change: Change, attempt: Attempt, ending: Ending) -> None:
-        job = change.job
-        outcome = TrainerReport.FromString(attempt.outcome)
-        kind = outcome.WhichOneof("payload")
-        if kind == "finished":
-            await self._succeed(transaction, change, attempt, outcome)
-        elif kind == "failed":
-            error = outcome.failed.error
-            if job.state != CANCELLING and outcome.failed.retryable and _may_retry(job):
-                self._retry(change, error.reason, error.message)
-            else:
-                change.move(FAILED, error.reason, error.message, error=error)
-        elif job.state == CANCELLING:
-            change.move(CANCELLED, "CANCEL_REQUESTED")
-        elif kind == "stopped" or ending.requeue:
-            change.move(QUEUED, ending.lost_reason, ending.lost_message)
-        elif _may_retry(job):
-            self._retry(change, ending.lost_reason, ending.lost_message)
-        else:
-            error = JobError(
-                reason=ending.lost_reason,
-                message=ending.lost_message,
-                hint="see the log lines; set max_retries to try again from the newest checkpoint",
-                log_lines=ending.log_lines,
-            )
-            change.move(FAILED, error.reason, error.message, error=error)
-
-    def _retry(self, change: Change, reason: str, message: str) -> None:
-        retries = change.job.retries + 1
-        change.set(retries=retries)
-        allowed = change.job.resolved_spec.max_retries
-        change.move(QUEUED, reason, f"{message} (retry {retries} of {allowed})")
-
-    async def _succeed(
-        self, transaction: Transaction, change: Change, attempt: Attempt, outcome: TrainerReport
-    ) -> None:
-        job = change.job
-        task = job.resolved_spec.fine_tune
-        stem = task.base_model.rstrip("/").rpartition("/")[2]
-        await model_rows.insert(
-            transaction,
-            model_rows.Model(
-                id=attempt.model_id,
-                tenant=job.tenant,
-                name=f"{stem}-{task.suffix or job.spec.display_name or 'tuned'}",
-                job_id=job.id,
-                base_model=task.base_model,
-                adaptation=task.WhichOneof("adaptation") or "lora",
-                step=outcome.finished.step,
-                size_bytes=outcome.finished.size_bytes,
-                metrics=dict(outcome.finished.metrics),
-                create_time=change.now,
-            ),
-        )
-        if job.state == PREPARING:
-            change.move(RUNNING, "TRAINING")
-        change.move(SUCCEEDED, "FINISHED", model_id=attempt.model_id)
-
-
-def _may_retry(job: Job) -> bool:
-    return job.retries < job.resolved_spec.max_retries
-
-
-async def _last_reason(transaction: Transaction, job: Job) -> str:
-    """Why the job waits again: the reason of its newest StateChanged."""
-    found = await transaction.fetch(
-        "SELECT payload FROM events WHERE job_id = ? AND sequence = ?", (job.id, job.last_sequence)
-    )
-    return JobEvent.FromString(found[0]["payload"]).state_changed.reason if found else ""
-
 
 def _same_request(job: Job, body_then: str, body: str, request_id: str) -> Job:
     if body_then != body:
@@ -425,57 +252,3 @@ def _same_request(job: Job, body_then: str, body: str, request_id: str) -> Job:
             reason="REQUEST_ID_REUSED",
         )
     return job
-
-
-def _take(change: Change, attempt: Attempt, report: TrainerReport, checkpoints: list[Checkpoint]) -> Attempt:
-    """Adds one report to a change; returns the attempt with it."""
-    kind = report.WhichOneof("payload")
-    if kind == "started":
-        started = report.started
-        change.emit(
-            AttemptStarted(
-                attempt=attempt.number,
-                resumed_from_step=started.resumed_from_step,
-                checkpoint=started.checkpoint,
-                discarded_from_step=started.resumed_from_step,
-                reason=attempt.reason,
-                pid=started.pid,
-            ),
-            time=report.time,
-        )
-        return dataclasses.replace(attempt, pid=started.pid)
-    if kind in _LAST:
-        return dataclasses.replace(attempt, outcome=report.SerializeToString())
-    if kind is None or kind == "heartbeat":
-        return attempt
-    payload = getattr(report, kind)
-    if payload.DESCRIPTOR.full_name not in PAYLOADS:
-        return attempt
-    if isinstance(payload, StepCompleted):
-        if change.job.state == PREPARING:
-            change.move(RUNNING, "TRAINING")
-        change.set(progress=_progress(payload, change.job))
-    elif isinstance(payload, CheckpointSaved):
-        checkpoints.append(
-            Checkpoint(change.job.id, payload.step, attempt.number, payload.directory, payload.size_bytes)
-        )
-    change.emit(payload, time=report.time)
-    return attempt
-
-
-def _progress(step: StepCompleted, job: Job) -> Progress:
-    eta = 0.0
-    if step.tokens_per_second > 0 and step.step > 0:
-        left = (step.total_steps - step.step) * step.trained_tokens / step.step
-        eta = left / step.tokens_per_second
-    return Progress(
-        step=step.step,
-        total_steps=step.total_steps,
-        epoch=step.epoch,
-        loss=step.loss,
-        learning_rate=step.learning_rate,
-        tokens_per_second=step.tokens_per_second,
-        trained_tokens=step.trained_tokens,
-        eta_seconds=eta,
-        computed_tokens=step.computed_tokens,
-    )

@@ -18,6 +18,7 @@ from luthier.trainer.attempt import replace_file, socket_path
 from luthier.trainer.v1.task_pb2 import Puppet
 from luthier.v1 import datasets_pb2, fine_tuning_pb2, models_pb2
 from luthier_server import __version__, logs, settings
+from luthier_server.attempts import Attempts
 from luthier_server.datasets import Datasets
 from luthier_server.errors import LuthierError
 from luthier_server.executors.local import LocalExecutor, LocalSettings
@@ -114,7 +115,6 @@ class Daemon:
             registry,
             data_dir / "jobs",
             job_ids=Ids(last_ids[0]),
-            model_ids=Ids(last_ids[2]),
             max_queued=chosen.max_queued,
         )
         self.executor = LocalExecutor(
@@ -133,6 +133,7 @@ class Daemon:
                 puppet=json_format.Parse(chosen.puppet, Puppet()) if chosen.puppet else None,
             ),
             self.jobs,
+            Attempts(database, self.hub, self.jobs, Ids(last_ids[2])),
             datasets,
             registry,
             self.executor,

@@ -18,9 +18,9 @@ import structlog
 from luthier.trainer import attempt as files
 from luthier.trainer.v1.report_pb2 import TrainerReport
 from luthier.trainer.v1.task_pb2 import ControlAction, TrainerControl, TrainerExit, TrainerTask
+from luthier_server.attempts import Attempts, Ending
 from luthier_server.errors import StorageFull, StoreBusy
 from luthier_server.executors.base import Executor, ExecutorError
-from luthier_server.jobs import Ending, Jobs
 from luthier_server.store.jobs import Attempt
 
 log = structlog.get_logger()
@@ -42,10 +42,12 @@ class Limits:
 class Runner:
     """One attempt, from its task to its end."""
 
-    def __init__(self, jobs: Jobs, executor: Executor, attempt: Attempt, directory: Path, limits: Limits) -> None:
+    def __init__(
+        self, attempts: Attempts, executor: Executor, attempt: Attempt, directory: Path, limits: Limits
+    ) -> None:
         self.attempt = attempt
         self.directory = directory
-        self._jobs = jobs
+        self._attempts = attempts
         self._executor = executor
         self._limits = limits
         self._wake = asyncio.Event()
@@ -167,7 +169,7 @@ class Runner:
             return False
         while True:
             try:
-                self.attempt = await self._jobs.ingest(self.attempt, reports, self.attempt.spool_offset + end)
+                self.attempt = await self._attempts.ingest(self.attempt, reports, self.attempt.spool_offset + end)
                 return True
             except (StorageFull, StoreBusy) as error:
                 # The spool keeps them: nothing is lost by waiting.
@@ -187,7 +189,7 @@ class Runner:
     async def _settle(self, ending: Ending) -> None:
         while True:
             try:
-                await self._jobs.settle(self.attempt, ending)
+                await self._attempts.settle(self.attempt, ending)
                 return
             except (StorageFull, StoreBusy) as error:
                 self._log.warning("the end waits", error=str(error))

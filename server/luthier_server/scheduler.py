@@ -8,11 +8,12 @@ from pathlib import Path
 import structlog
 
 from luthier.trainer.v1.task_pb2 import BaseModelSource, ControlAction, DatasetSource, Puppet, TrainerTask
+from luthier_server.attempts import Attempts, Ending
 from luthier_server.datasets import Datasets
 from luthier_server.errors import LuthierError, StorageFull, StoreBusy
 from luthier_server.executors.base import Executor
 from luthier_server.job import CANCELLING, Job
-from luthier_server.jobs import Ending, Jobs
+from luthier_server.jobs import Jobs
 from luthier_server.registry import Registry
 from luthier_server.runner import Limits, Runner
 from luthier_server.secrets import Secrets
@@ -44,6 +45,7 @@ class Scheduler:
         self,
         settings: SchedulerSettings,
         jobs: Jobs,
+        attempts: Attempts,
         datasets: Datasets,
         registry: Registry,
         executor: Executor,
@@ -51,6 +53,7 @@ class Scheduler:
     ) -> None:
         self._settings = settings
         self._jobs = jobs
+        self._attempts = attempts
         self._datasets = datasets
         self._registry = registry
         self._executor = executor
@@ -71,9 +74,9 @@ class Scheduler:
                 group.create_task(self._recover(attempt))
 
     async def _recover(self, attempt: Attempt) -> None:
-        runner = Runner(self._jobs, self._executor, attempt, self._directory(attempt), self._settings.limits)
+        runner = Runner(self._attempts, self._executor, attempt, self._directory(attempt), self._settings.limits)
         if not runner.directory.is_dir():
-            await self._jobs.settle(
+            await self._attempts.settle(
                 attempt, Ending("SERVER_RESTARTED", "goes on from its newest checkpoint", requeue=True)
             )
             return
@@ -96,8 +99,8 @@ class Scheduler:
                     await self._jobs.changed.wait()
 
     async def _fill(self, group: asyncio.TaskGroup) -> None:
-        while self._free and not self._stopping and (job_id := await self._jobs.next_queued()):
-            begun = await self._jobs.begin_attempt(job_id)
+        while self._free and not self._stopping and (job_id := await self._attempts.next_queued()):
+            begun = await self._attempts.begin(job_id)
             if begun is not None:
                 slot = self._free.pop(0)
                 group.create_task(self._attempt(slot, *begun), name=f"attempt {job_id}")
@@ -119,7 +122,7 @@ class Scheduler:
                 await runner.ask(ControlAction.CONTROL_ACTION_CANCEL)
 
     async def _attempt(self, slot: int, job: Job, attempt: Attempt) -> None:
-        runner = Runner(self._jobs, self._executor, attempt, self._directory(attempt), self._settings.limits)
+        runner = Runner(self._attempts, self._executor, attempt, self._directory(attempt), self._settings.limits)
         self._runners[job.id] = runner
         self._jobs.changed.set()  # a cancel may have come since the attempt began
         try:
@@ -127,7 +130,7 @@ class Scheduler:
                 task = await self._task(slot, job, attempt)
                 secrets = self._secrets.for_task(job.resolved_spec.fine_tune)
             except (LuthierError, OSError) as error:
-                await self._jobs.settle(attempt, Ending("INPUT_LOST", str(error)))
+                await self._attempts.settle(attempt, Ending("INPUT_LOST", str(error)))
             else:
                 await runner.run(task, secrets)
         except Exception:
