@@ -9,7 +9,7 @@ from collections.abc import Sequence
 import grpc
 from grpc_health.v1 import health_pb2, health_pb2_grpc
 
-from luthier_server.grpc.boundary import Context
+from luthier_server.grpc.boundary import VERSION_METADATA, Context
 
 _SERVING = health_pb2.HealthCheckResponse.SERVING
 _NOT_SERVING = health_pb2.HealthCheckResponse.NOT_SERVING
@@ -38,12 +38,14 @@ class Health(health_pb2_grpc.HealthServicer):
 
     async def Check(self, request: health_pb2.HealthCheckRequest, context: Context) -> health_pb2.HealthCheckResponse:
         """The status now."""
+        await context.send_initial_metadata(VERSION_METADATA)
         if request.service not in self._services:
             await context.abort(grpc.StatusCode.NOT_FOUND, f"there is no service '{request.service[:200]}'")
         return self._status(request.service)
 
     async def Watch(self, request: health_pb2.HealthCheckRequest, context: Context) -> None:
         """The status now and at each change."""
+        await context.send_initial_metadata(VERSION_METADATA)
         while True:
             changed = self._changed
             async with asyncio.timeout(_WRITE_SECONDS):

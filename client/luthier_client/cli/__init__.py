@@ -1,0 +1,1 @@
+"""The command `luthier`. Its commands load grpc, rich and yaml only when they run."""

@@ -1,0 +1,236 @@
+"""`luthier job`: create, list, get, watch, wait, cancel, logs."""
+
+import sys
+from typing import TYPE_CHECKING
+
+import click
+
+from luthier_client.cli.lazy import Command, settings
+
+if TYPE_CHECKING:
+    from luthier.v1.job_pb2 import Job, JobSpec
+
+TIMED_OUT = 124
+_STATES = [
+    "validating", "queued", "preparing", "running", "pausing",
+    "paused", "cancelling", "succeeded", "failed", "cancelled",
+]  # fmt: skip
+
+
+@click.group()
+def job() -> None:
+    """Create, look at, watch and cancel jobs."""
+
+
+@job.command(
+    cls=Command,
+    examples="""luthier job create -f job.yaml --watch
+    luthier job create -f job.yaml --set lora.rank=16 --set learning_rate=1e-4
+    luthier job create -f job.yaml --validate-only""",
+)
+@click.option(
+    "-f", "--file", required=True, type=click.Path(allow_dash=True), help="A job as YAML or JSON; - is stdin."
+)
+@click.option("--set", "assignments", metavar="KEY=VALUE", multiple=True, help="Set a field; KEY may be shortened.")
+@click.option("--watch", is_flag=True, help="Watch the job to its end.")
+@click.option("--validate-only", is_flag=True, help="Check the job and show what would be created.")
+@click.pass_context
+def create(ctx: click.Context, file: str, assignments: tuple[str, ...], watch: bool, validate_only: bool) -> None:
+    """Create a job from a file."""
+    from luthier_client import Client
+    from luthier_client.cli import output
+    from luthier_client.cli.follow import follow
+    from luthier_client.spec import apply_settings, load_spec, parse_spec
+
+    spec = parse_spec(sys.stdin.read(), "stdin") if file == "-" else load_spec(file)
+    apply_settings(spec, assignments)
+    chosen = settings(ctx)
+    with Client(chosen.endpoint) as client:
+        handle = client.create_job(spec, validate_only=validate_only)
+        if validate_only:
+            _show_plan(ctx, handle.proto.resolved_spec)
+        elif watch:
+            ctx.exit(follow(chosen, handle))
+        elif chosen.output == "table":
+            click.echo(f"created {handle.id}")
+            click.echo(f"luthier job watch {handle.id}", err=True)
+        else:
+            output.resource(chosen, handle.proto, [])
+
+
+@job.command(
+    "list",
+    cls=Command,
+    examples="""luthier job list --state running --state queued
+    luthier job list --label team=search -o id""",
+)
+@click.option("--state", "states", multiple=True, type=click.Choice(_STATES), help="Only jobs in this state.")
+@click.option("--label", "labels", multiple=True, metavar="KEY=VALUE", help="Only jobs with this label.")
+@click.option("--limit", default=20, show_default=True, type=click.IntRange(min=1), help="Jobs at most.")
+@click.pass_context
+def list_(ctx: click.Context, states: tuple[str, ...], labels: tuple[str, ...], limit: int) -> None:
+    """List jobs, newest first."""
+    from itertools import islice
+
+    from luthier_client import Client
+    from luthier_client.cli import output
+
+    wanted = dict(_label(text) for text in labels)
+    with Client(settings(ctx).endpoint) as client:
+        found = client.list_jobs(states=states, labels=wanted, page_size=min(limit, 1000))
+        jobs = [each.proto for each in islice(found, limit)]
+    headers = ["ID", "STATE", "STEP", "LOSS", "CREATED", "NAME"]
+    output.resources(settings(ctx), jobs, headers, [_summary(each) for each in jobs])
+
+
+@job.command(cls=Command, examples="luthier job get @latest\nluthier job get job_01J8 -o json")
+@click.argument("job_id", metavar="ID")
+@click.pass_context
+def get(ctx: click.Context, job_id: str) -> None:
+    """Show a job."""
+    from luthier_client import Client
+    from luthier_client.cli import ids, output
+
+    with Client(settings(ctx).endpoint) as client:
+        found = client.get_job(ids.job(client, job_id)).proto
+    output.resource(settings(ctx), found, _details(found))
+
+
+@job.command(
+    cls=Command, examples="luthier job watch @latest\nluthier job watch @latest -o json | jq .step_completed.loss"
+)
+@click.argument("job_id", metavar="ID")
+@click.pass_context
+def watch(ctx: click.Context, job_id: str) -> None:
+    """Watch a job to its end. Ctrl-C leaves it running."""
+    from luthier_client import Client
+    from luthier_client.cli import ids
+    from luthier_client.cli.follow import follow
+
+    with Client(settings(ctx).endpoint) as client:
+        ctx.exit(follow(settings(ctx), client.get_job(ids.job(client, job_id))))
+
+
+@job.command(cls=Command, examples="luthier job wait @latest --timeout 3600 && echo done")
+@click.argument("job_id", metavar="ID")
+@click.option("--timeout", type=click.FloatRange(min=0), metavar="SECONDS", help="Give up after this; exit code 124.")
+@click.pass_context
+def wait(ctx: click.Context, job_id: str, timeout: float | None) -> None:
+    """Wait silently for a job's end; the exit code tells how it went."""
+    from luthier_client import Client
+    from luthier_client.cli import ids, output
+    from luthier_client.cli.follow import exit_code
+
+    with Client(settings(ctx).endpoint) as client:
+        handle = client.get_job(ids.job(client, job_id))
+        try:
+            ended = handle.wait(timeout)
+        except TimeoutError:
+            click.echo(f"error: {handle.id} did not end within {timeout:g} seconds", err=True)
+            ctx.exit(TIMED_OUT)
+    output.resource(settings(ctx), ended, _details(ended))
+    ctx.exit(exit_code(ended.state))
+
+
+@job.command(cls=Command, examples="luthier job cancel @latest")
+@click.argument("job_id", metavar="ID")
+@click.pass_context
+def cancel(ctx: click.Context, job_id: str) -> None:
+    """Ask a job to stop; it saves a checkpoint first."""
+    from luthier_client import Client
+    from luthier_client.cli import ids, output
+
+    chosen = settings(ctx)
+    with Client(chosen.endpoint) as client:
+        cancelled = client.get_job(ids.job(client, job_id)).cancel()
+    if chosen.output == "table":
+        click.echo(f"{_state(cancelled)} {cancelled.id}")
+    else:
+        output.resource(chosen, cancelled, [])
+
+
+@job.command(cls=Command, examples="luthier job logs @latest -f")
+@click.argument("job_id", metavar="ID")
+@click.option("-f", "--follow", is_flag=True, help="Go on until the job ends.")
+@click.pass_context
+def logs(ctx: click.Context, job_id: str, follow: bool) -> None:
+    """Print a job's lines for people."""
+    from luthier_client import Client
+    from luthier_client.cli import ids, output
+    from luthier_client.cli.lines import log_line
+
+    chosen = settings(ctx)
+    with Client(chosen.endpoint) as client:
+        handle = client.get_job(ids.job(client, job_id))
+        head = handle.proto.last_sequence
+        for event in handle.watch():
+            if event.HasField("log_emitted"):
+                click.echo(output.json_line(event) if chosen.output == "json" else log_line(event))
+                sys.stdout.flush()
+            if not follow and event.sequence >= head:
+                break
+
+
+def _label(text: str) -> tuple[str, str]:
+    key, separator, value = text.partition("=")
+    if not separator:
+        raise click.BadParameter(f"{text!r} is not KEY=VALUE", param_hint="--label")
+    return key, value
+
+
+def _state(job: "Job") -> str:
+    from luthier.v1.job_pb2 import JobState
+    from luthier_client import enums
+
+    return enums.short(JobState.DESCRIPTOR, job.state)
+
+
+def _summary(job: "Job") -> list[str]:
+    from luthier_client.cli import output
+
+    progress = job.progress
+    step = f"{progress.step}/{progress.total_steps}" if progress.total_steps else ""
+    loss = output.number(progress.loss) if progress.step else ""
+    return [job.id, _state(job), step, loss, output.age(job.create_time), job.spec.display_name]
+
+
+def _details(job: "Job") -> list[tuple[str, str]]:
+    from luthier_client.cli import output
+
+    progress, task = job.progress, job.spec.fine_tune
+    started = job.start_time.seconds or job.create_time.seconds
+    rows = [
+        ("id", job.id),
+        ("name", job.spec.display_name),
+        ("state", _state(job)),
+        ("queue", f"position {job.queue_position}" if job.queue_position else ""),
+        ("base model", task.base_model),
+        ("dataset", task.training_dataset),
+        ("labels", ", ".join(f"{key}={value}" for key, value in sorted(job.spec.labels.items()))),
+        ("step", f"{progress.step}/{progress.total_steps}" if progress.total_steps else ""),
+        ("loss", output.number(progress.loss) if progress.step else ""),
+        ("eta", output.duration(progress.eta_seconds) if progress.eta_seconds and not job.end_time.seconds else ""),
+        ("attempt", str(job.attempt) if job.attempt > 1 else ""),
+        ("created", output.age(job.create_time)),
+        ("took", output.duration(job.end_time.seconds - started) if job.end_time.seconds else ""),
+        ("model", job.model_id),
+    ]
+    if job.HasField("error"):
+        rows += [("error", f"{job.error.reason}: {job.error.message}"), ("hint", job.error.hint)]
+    return rows
+
+
+def _show_plan(ctx: click.Context, spec: "JobSpec") -> None:
+    """Prints what the server would make of a spec."""
+    import json
+
+    from luthier_client.spec import spec_fields
+
+    fields = spec_fields(spec)
+    if settings(ctx).output == "json":
+        click.echo(json.dumps(fields, ensure_ascii=False, indent=2))
+        return
+    import yaml
+
+    click.echo("# valid; nothing was created")
+    click.echo(yaml.safe_dump(fields, sort_keys=False, allow_unicode=True).rstrip())

@@ -1,0 +1,91 @@
+"""`luthier train`: from a file to a model in one command."""
+
+from pathlib import Path
+from typing import TYPE_CHECKING
+
+import click
+
+from luthier_client.cli.lazy import Command, Settings, settings
+
+if TYPE_CHECKING:
+    from luthier_client.client import Client
+
+
+@click.command(
+    cls=Command,
+    examples="""luthier train data.jsonl
+    luthier train data.jsonl --base Qwen/Qwen2.5-0.5B --epochs 2 --rank 32
+    luthier train data.jsonl --validation heldout.jsonl --set sample_prompts='[Hello, Who are you?]'
+    luthier train cards@3 --set full= --learning-rate 2e-5 --detach""",
+)
+@click.argument("data")
+@click.option(
+    "--base", default="builtin/tiny", show_default=True, help="The base model: a hub id, directory or model id."
+)
+@click.option("--validation", metavar="FILE", help="A file or dataset to evaluate on.")
+@click.option("--name", help="A name for the job.")
+@click.option("--epochs", metavar="NUMBER", help="Passes over the rows.")
+@click.option("--max-steps", metavar="NUMBER", help="Optimizer steps at most.")
+@click.option("--batch-size", metavar="NUMBER", help="Examples per optimizer step.")
+@click.option("--learning-rate", metavar="NUMBER", help="Peak learning rate.")
+@click.option("--rank", metavar="NUMBER", help="Rank of the LoRA adapter.")
+@click.option("--max-length", metavar="NUMBER", help="Longest example in tokens.")
+@click.option("--seed", metavar="NUMBER", help="Seed of order, start and dropout.")
+@click.option("--set", "assignments", metavar="KEY=VALUE", multiple=True, help="Set any field; KEY may be shortened.")
+@click.option("--detach", is_flag=True, help="Return once the job is created.")
+@click.pass_context
+def train(
+    ctx: click.Context,
+    /,
+    data: str,
+    base: str,
+    validation: str | None,
+    name: str | None,
+    assignments: tuple[str, ...],
+    detach: bool,
+    **flags: str | None,
+) -> None:
+    """Fine-tune a model on DATA, a file of JSON lines or a dataset, and watch it."""
+    from luthier.v1.job_pb2 import JobSpec
+    from luthier_client import Client
+    from luthier_client.cli import output
+    from luthier_client.cli.follow import follow
+    from luthier_client.spec import apply_settings
+
+    chosen = settings(ctx)
+    spec = JobSpec(display_name=name or Path(data).name.removesuffix(".jsonl"))
+    spec.fine_tune.base_model = base
+    given = [f"{key}={value}" for key, value in flags.items() if value is not None]
+    apply_settings(spec, [*given, *assignments])
+    with Client(chosen.endpoint) as client:
+        spec.fine_tune.training_dataset = _dataset(client, chosen, data)
+        if validation is not None:
+            spec.fine_tune.validation_dataset = _dataset(client, chosen, validation)
+        handle = client.create_job(spec)
+        if not detach:
+            ctx.exit(follow(chosen, handle))
+        if chosen.output == "table":
+            click.echo(f"created {handle.id}")
+            click.echo(f"luthier job watch {handle.id}", err=True)
+        else:
+            output.resource(chosen, handle.proto, [])
+
+
+def _dataset(client: "Client", chosen: Settings, data: str) -> str:
+    """The id of a dataset: uploaded from a file, or found by the name or id that was given."""
+    from luthier_client.cli import ids, output
+    from luthier_client.cli.transfer import progress
+
+    if not Path(data).is_file():
+        if Path(data).suffix or "/" in data:
+            raise FileNotFoundError(2, "No such file", data)
+        return client.get_dataset(ids.dataset(client, data)).id
+    with progress("uploading") as report:
+        response = client.upload(data, on_progress=report)
+    found = response.dataset
+    if chosen.output == "table":
+        what = "uploaded" if response.created else "already there:"
+        click.echo(
+            f"{what} {found.name}@{found.version}  {found.rows:,} rows  {output.size(found.size_bytes)}", err=True
+        )
+    return found.id

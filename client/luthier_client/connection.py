@@ -1,0 +1,176 @@
+"""A channel to the server, its stubs, and calls that are tried again.
+
+A unary call that finds nobody (UNAVAILABLE) is sent again a few times within its timeout. All calls of the contract can
+be repeated: reads, cancels and deletes by nature, CreateJob by its request_id.
+"""
+
+import asyncio
+import time
+from collections.abc import Awaitable, Callable, Iterator
+from dataclasses import dataclass
+from typing import Any, TypeVar
+
+import grpc
+import grpc.aio
+from google.protobuf.message import Message
+from google.protobuf.wrappers_pb2 import Int32Value
+
+from luthier.v1 import datasets_pb2_grpc, fine_tuning_pb2_grpc, models_pb2_grpc
+from luthier_client import endpoint as endpoints
+from luthier_client import errors
+from luthier_client.backoff import Backoff
+from luthier_client.status import to_error
+
+R = TypeVar("R")
+
+TRIES = 4
+_HEALTH = "/grpc.health.v1.Health/Check"
+_SERVING = 1
+
+
+@dataclass(frozen=True)
+class ServerInfo:
+    """What answers at the endpoint."""
+
+    endpoint: str
+    serving: bool
+    version: str
+    """The server's version; empty when it does not say."""
+
+
+class Tries:
+    """Whether and when a failed call is sent again, within `timeout` seconds from now (None: no limit)."""
+
+    def __init__(self, timeout: float | None) -> None:
+        self._deadline = None if timeout is None else time.monotonic() + timeout
+        self._left = TRIES
+        self._backoff = Backoff(first=0.1, limit=2.0)
+
+    def remaining(self) -> float | None:
+        """Seconds that are left, at least a millisecond; None without a limit."""
+        return None if self._deadline is None else max(0.001, self._deadline - time.monotonic())
+
+    def pause_after(self, error: errors.LuthierError) -> float:
+        """The seconds to wait before the next try. Raises the error when there is none."""
+        self._left -= 1
+        if not isinstance(error, errors.Unavailable) or self._left <= 0:
+            raise error
+        pause = max(self._backoff.next(), min(error.retry_delay or 0.0, 5.0))
+        remaining = self.remaining()
+        if remaining is not None and pause >= remaining:
+            raise error
+        return pause
+
+
+class AsyncConnection:
+    """For one event loop: the channel opens with the first call."""
+
+    def __init__(self, endpoint: str | None, timeout: float) -> None:
+        self.endpoint = endpoints.resolve(endpoint)
+        self.timeout = timeout
+        self._channel: grpc.aio.Channel | None = None
+
+    @property
+    def channel(self) -> grpc.aio.Channel:
+        """The channel. Belongs to the loop that runs now, which is why it is not made before."""
+        if self._channel is None:
+            options = endpoints.channel_options(self.endpoint)
+            self._channel = grpc.aio.insecure_channel(self.endpoint, options=options)
+        return self._channel
+
+    @property
+    def jobs(self) -> "fine_tuning_pb2_grpc.FineTuningAsyncStub":
+        """The stub of FineTuning."""
+        return fine_tuning_pb2_grpc.FineTuningStub(self.channel)
+
+    @property
+    def datasets(self) -> "datasets_pb2_grpc.DatasetsAsyncStub":
+        """The stub of Datasets."""
+        return datasets_pb2_grpc.DatasetsStub(self.channel)
+
+    @property
+    def models(self) -> "models_pb2_grpc.ModelsAsyncStub":
+        """The stub of Models."""
+        return models_pb2_grpc.ModelsStub(self.channel)
+
+    def error(self, failed: grpc.aio.AioRpcError) -> errors.LuthierError:
+        """The error that a failed call stands for."""
+        return to_error(failed, self.endpoint)
+
+    async def unary(self, method: Callable[..., Awaitable[R]], request: Message) -> R:
+        """Calls a unary method. Raises a LuthierError."""
+        tries = Tries(self.timeout)
+        while True:
+            try:
+                return await method(request, timeout=tries.remaining())
+            except grpc.aio.AioRpcError as failed:
+                pause = tries.pause_after(self.error(failed))
+            await asyncio.sleep(pause)
+
+    async def server_info(self) -> ServerInfo:
+        """Asks the server for its health and version. Raises Unavailable when nobody answers."""
+        call = _health(self.channel)(b"", timeout=self.timeout)
+        try:
+            serving = _is_serving(await call)
+            return ServerInfo(self.endpoint, serving, _version(await call.initial_metadata()))
+        except grpc.aio.AioRpcError as failed:
+            raise self.error(failed) from failed
+
+    async def close(self) -> None:
+        """Ends every call and closes the channel."""
+        if self._channel is not None:
+            await self._channel.close()
+
+
+class Connection:
+    """The same on grpc's synchronous stack."""
+
+    def __init__(self, endpoint: str | None, timeout: float) -> None:
+        self.endpoint = endpoints.resolve(endpoint)
+        self.timeout = timeout
+        self.channel = grpc.insecure_channel(self.endpoint, options=endpoints.channel_options(self.endpoint))
+        self.jobs = fine_tuning_pb2_grpc.FineTuningStub(self.channel)
+        self.datasets = datasets_pb2_grpc.DatasetsStub(self.channel)
+        self.models = models_pb2_grpc.ModelsStub(self.channel)
+
+    def error(self, failed: grpc.RpcError) -> errors.LuthierError:
+        """The error that a failed call stands for."""
+        call: Any = failed  # what a stub raises is also a grpc.Call, which the class of the exception does not say
+        return to_error(call, self.endpoint)
+
+    def unary(self, method: Callable[..., R], request: Message) -> R:
+        """Calls a unary method. Raises a LuthierError."""
+        tries = Tries(self.timeout)
+        while True:
+            try:
+                return method(request, timeout=tries.remaining())
+            except grpc.RpcError as failed:
+                pause = tries.pause_after(self.error(failed))
+            time.sleep(pause)
+
+    def server_info(self) -> ServerInfo:
+        """Asks the server for its health and version. Raises Unavailable when nobody answers."""
+        try:
+            response, call = _health(self.channel).with_call(b"", timeout=self.timeout)
+        except grpc.RpcError as failed:
+            raise self.error(failed) from failed
+        return ServerInfo(self.endpoint, _is_serving(response), _version(call.initial_metadata()))
+
+    def close(self) -> None:
+        """Ends every call and closes the channel."""
+        self.channel.close()
+
+
+def _health(channel: Any) -> Any:
+    # By hand, because two bytes do not deserve another dependency: the request {service: ""} is empty on the wire.
+    return channel.unary_unary(_HEALTH, request_serializer=None, response_deserializer=None)
+
+
+def _is_serving(response: bytes) -> bool:
+    # HealthCheckResponse{status} has the wire form of Int32Value{value}: one varint in field 1.
+    return Int32Value.FromString(response).value == _SERVING
+
+
+def _version(metadata: Any) -> str:
+    pairs: Iterator[tuple[str, str]] = iter(metadata or ())
+    return next((str(value) for key, value in pairs if key == "luthier-version"), "")

@@ -1,0 +1,95 @@
+"""From a failed call to an error: reads the google.rpc.Status in the trailing metadata."""
+
+from collections.abc import Iterable
+from typing import Any, Protocol
+
+from google.protobuf.message import DecodeError
+from google.rpc import error_details_pb2, status_pb2
+
+from luthier_client import endpoint as endpoints
+from luthier_client import errors
+
+_DETAILS_KEY = "grpc-status-details-bin"
+
+_BY_CODE: dict[str, type[errors.LuthierError]] = {
+    "INVALID_ARGUMENT": errors.InvalidSpec,
+    "NOT_FOUND": errors.NotFound,
+    "ALREADY_EXISTS": errors.AlreadyExists,
+    "FAILED_PRECONDITION": errors.FailedPrecondition,
+    "RESOURCE_EXHAUSTED": errors.ResourceExhausted,
+    "UNAVAILABLE": errors.Unavailable,
+    "DEADLINE_EXCEEDED": errors.DeadlineExceeded,
+    "OUT_OF_RANGE": errors.OutOfRange,
+    "ABORTED": errors.Aborted,
+    "CANCELLED": errors.CallCancelled,
+    "UNIMPLEMENTED": errors.Unimplemented,
+    "UNAUTHENTICATED": errors.Unauthenticated,
+    "PERMISSION_DENIED": errors.PermissionDenied,
+    "DATA_LOSS": errors.DataLoss,
+    "INTERNAL": errors.Internal,
+    "UNKNOWN": errors.Internal,
+}
+
+
+class FailedCall(Protocol):
+    """What grpc's synchronous and asynchronous errors have in common."""
+
+    def code(self) -> Any: ...
+    def details(self) -> str | None: ...
+    def trailing_metadata(self) -> Any: ...
+
+
+def to_error(failed: FailedCall, endpoint: str) -> errors.LuthierError:
+    """The error that a failed call stands for. `endpoint`, where it was sent, is named when nobody answers."""
+    code = str(failed.code().name)
+    status = _status(failed.trailing_metadata())
+    message = (status.message if status else "") or failed.details() or code.lower().replace("_", " ")
+    reason = ""
+    metadata: dict[str, str] = {}
+    violations: list[tuple[str, str]] = []
+    retry_delay: float | None = None
+    for detail in status.details if status else ():
+        if (info := _unpack(detail, error_details_pb2.ErrorInfo)) is not None:
+            reason = info.reason
+            metadata.update(info.metadata)
+        elif (bad := _unpack(detail, error_details_pb2.BadRequest)) is not None:
+            violations += [(each.field, each.description) for each in bad.field_violations]
+        elif (unmet := _unpack(detail, error_details_pb2.PreconditionFailure)) is not None:
+            violations += [(each.subject, each.description) for each in unmet.violations]
+        elif (quota := _unpack(detail, error_details_pb2.QuotaFailure)) is not None:
+            violations += [(each.subject, each.description) for each in quota.violations]
+        elif (resource := _unpack(detail, error_details_pb2.ResourceInfo)) is not None:
+            metadata.setdefault("resource_type", resource.resource_type)
+            metadata.setdefault("resource_name", resource.resource_name)
+        elif (retry := _unpack(detail, error_details_pb2.RetryInfo)) is not None:
+            retry_delay = retry.retry_delay.ToTimedelta().total_seconds()
+    if code == "UNAVAILABLE" and status is None:
+        # gRPC itself says this, not a server: there was no connection, or it broke.
+        refused = "connect" in message.lower() and "reset" not in message.lower()
+        reason = "UNREACHABLE" if refused else "CONNECTION_LOST"
+        message = (
+            endpoints.unreachable(endpoint, message) if refused else f"the connection to {endpoint} broke: {message}"
+        )
+    kind = errors.InvalidDataset if reason == "DATASET_INVALID" else _BY_CODE.get(code, errors.Internal)
+    return kind(message, reason=reason, code=code, metadata=metadata, violations=violations, retry_delay=retry_delay)
+
+
+def _status(trailers: Iterable[tuple[str, str | bytes]] | None) -> Any:
+    for key, value in trailers or ():
+        if key == _DETAILS_KEY and isinstance(value, bytes):
+            try:
+                return status_pb2.Status.FromString(value)
+            except DecodeError:
+                return None
+    return None
+
+
+def _unpack(detail: Any, kind: Any) -> Any:
+    if not detail.Is(kind.DESCRIPTOR):
+        return None
+    message = kind()
+    try:
+        detail.Unpack(message)
+    except DecodeError:
+        return None
+    return message
