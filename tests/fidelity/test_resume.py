@@ -1,0 +1,112 @@
+"""Resume changes nothing."""
+
+from pathlib import Path
+from typing import Any
+
+import pytest
+from fidelity.jobs import Recorder, StopAfter, chats, task, tiny_base
+from safetensors.torch import load_file
+
+from luthier.trainer.v1.report_pb2 import Finished, Stopped
+from luthier.v1 import job_pb2
+from luthier_trainer import plan, sft
+from luthier_trainer.control import NoControl
+from luthier_trainer.errors import TrainingError
+
+EVERY_TWO = job_pb2.Evaluation(every_steps=2)
+
+
+def weights(folder: Path) -> dict[str, bytes]:
+    """Every tensor of a model's directory as bytes, so that equal means bitwise equal."""
+    (file,) = folder.glob("*model.safetensors")
+    return {name: each.numpy().tobytes() for name, each in load_file(file).items()}
+
+
+@pytest.fixture(autouse=True)
+def small_micro_batches(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(plan, "_CPU_TOKENS", 40)
+
+
+@pytest.mark.parametrize("dtype", [job_pb2.DTYPE_FLOAT32, job_pb2.DTYPE_BFLOAT16])
+@pytest.mark.parametrize(
+    ("full", "dropout", "saved"),
+    [(False, 0.3, ()), (False, 0.0, ("lm_head",)), (True, 0.0, ())],
+    ids=["lora-dropout", "saved-head", "full"],
+)
+@pytest.mark.parametrize(("stop", "looks"), [(3, 2), (4, 1)], ids=["mid-step", "at-an-evaluation"])
+def test_a_stopped_job_goes_on_as_if_it_had_never_stopped(
+    tmp_path: Path,
+    full: bool,
+    dropout: float,
+    saved: tuple[str, ...],
+    dtype: job_pb2.Dtype.ValueType,
+    stop: int,
+    looks: int,
+) -> None:
+    base, data = tiny_base(tmp_path, tied=full), chats(tmp_path / "chats.jsonl")
+    job: dict[str, Any] = {
+        "full": full,
+        "dropout": dropout,
+        "modules_to_save": saved,
+        "dtype": dtype,
+        "max_steps": 7,
+        "evaluation": EVERY_TWO,
+    }
+    whole = Recorder()
+    straight = sft.train(task(tmp_path / "straight", base, data, **job), whole, NoControl())
+    assert isinstance(straight, Finished)
+
+    first = Recorder()
+    folder = tmp_path / "broken"
+    stopped = sft.train(task(folder, base, data, **job), first, StopAfter(first, stop, looks))
+    assert isinstance(stopped, Stopped)
+    assert stopped == Stopped(step=stop, checkpoint=f"{stop:06d}-a1")
+
+    second = Recorder()
+    resume_from = folder / "checkpoints" / stopped.checkpoint
+    again = task(folder, base, data, attempt=2, resume_from=resume_from, **job)
+    again.computed_tokens = list(first.steps())[-1].computed_tokens
+    finished = sft.train(again, second, NoControl())
+    assert isinstance(finished, Finished)
+
+    def numbers(recorder: Recorder) -> list[tuple[int, float, float, float, int]]:
+        return [(e.step, e.loss, e.learning_rate, e.grad_norm, e.trained_tokens) for e in recorder.steps()]
+
+    assert numbers(first) + numbers(second) == numbers(whole)
+    evaluated = {each.step: each.loss for each in (*first.evaluations(), *second.evaluations())}
+    assert evaluated == {each.step: each.loss for each in whole.evaluations()}
+    assert set(evaluated) == {0, 2, 4, 6, 7}
+    assert weights(folder / "model") == weights(tmp_path / "straight" / "model")
+    same = {"train_loss", "final_loss", "eval_loss", "base_eval_loss", "trained_tokens"}
+    assert {name: finished.metrics[name] for name in same} == {name: straight.metrics[name] for name in same}
+
+
+def test_only_the_newest_checkpoints_stay(tmp_path: Path) -> None:
+    base, data = tiny_base(tmp_path), chats(tmp_path / "chats.jsonl")
+    sft.train(task(tmp_path, base, data, max_steps=7), Recorder(), NoControl())
+    assert sorted(each.name for each in (tmp_path / "checkpoints").iterdir()) == ["000004-a1", "000006-a1"]
+
+
+def test_a_damaged_checkpoint_is_refused(tmp_path: Path) -> None:
+    base, data = tiny_base(tmp_path), chats(tmp_path / "chats.jsonl")
+    recorder = Recorder()
+    sft.train(task(tmp_path, base, data, max_steps=5), recorder, StopAfter(recorder, 2))
+    checkpoint = tmp_path / "checkpoints" / "000002-a1"
+    file = checkpoint / "adapter_model.safetensors"
+    content = bytearray(file.read_bytes())
+    content[-1] ^= 1
+    file.write_bytes(content)
+    with pytest.raises(TrainingError) as caught:
+        sft.train(task(tmp_path, base, data, max_steps=5, resume_from=checkpoint), Recorder(), NoControl())
+    assert caught.value.reason == "CHECKPOINT_DAMAGED"
+    assert "adapter_model.safetensors" in caught.value.message
+
+
+def test_a_checkpoint_of_other_rows_is_refused(tmp_path: Path) -> None:
+    base, data = tiny_base(tmp_path), chats(tmp_path / "chats.jsonl")
+    recorder = Recorder()
+    sft.train(task(tmp_path, base, data, max_steps=5), recorder, StopAfter(recorder, 2))
+    checkpoint = tmp_path / "checkpoints" / "000002-a1"
+    with pytest.raises(TrainingError) as caught:
+        sft.train(task(tmp_path, base, data, max_steps=5, seed=8, resume_from=checkpoint), Recorder(), NoControl())
+    assert caught.value.reason == "CHECKPOINT_MISMATCH"

@@ -1,0 +1,253 @@
+"""Everything one job trains with, put together. Nothing here is shared: state is per job, never per model or
+process."""
+
+import math
+from collections.abc import Sequence
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import torch
+from transformers import PreTrainedTokenizerBase
+
+from luthier.trainer.v1.task_pb2 import BaseModelSource, TrainerTask
+from luthier.v1 import event_pb2
+from luthier_trainer import checkpoint, durable, lora
+from luthier_trainer.batches import Batches
+from luthier_trainer.checkpoint import Counters, ResumedPlan, State
+from luthier_trainer.config import Places, Settings
+from luthier_trainer.data import render, tokenised
+from luthier_trainer.data.tokenised import TokenisedRows
+from luthier_trainer.errors import TrainingError
+from luthier_trainer.forward import Forward
+from luthier_trainer.masters import Masters
+from luthier_trainer.model import Trained, adapter_rank, load_base, load_config, load_tokenizer, prepare
+from luthier_trainer.optimizer import Optimizer
+from luthier_trainer.order import Indices, RowOrder, hold_out
+from luthier_trainer.plan import Compute, attention_name, choose_compute, micro_batch_tokens
+from luthier_trainer.probe import choose_forward
+from luthier_trainer.report import Reporter
+from luthier_trainer.schedule import warmup_steps
+from luthier_trainer.stop import Check
+from luthier_trainer.throughput import Throughput
+
+
+@dataclass(frozen=True)
+class Evaluated:
+    """Rows that are evaluated."""
+
+    rows: TokenisedRows
+    indices: Indices
+
+
+@dataclass
+class Job:
+    """The parts of a job. `counters`, `batches` (its budget shrinks when memory runs out) and `saved` change; the rest
+    is decided once. `saved` names the newest checkpoint's step and directory; step 0 needs none."""
+
+    task: TrainerTask
+    settings: Settings
+    places: Places
+    reporter: Reporter
+    compute: Compute
+    tokenizer: PreTrainedTokenizerBase
+    trained: Trained
+    masters: Masters
+    optimizer: Optimizer
+    forward: Forward
+    generation_attention: str
+    sample_ids: Sequence[Sequence[int]]
+    rows: TokenisedRows
+    order: RowOrder
+    evaluated: Evaluated | None
+    total_steps: int
+    warmup: int
+    batches: Batches
+    throughput: Throughput
+    notes: list[str]
+    counters: Counters
+    saved: tuple[int, str]
+
+    @property
+    def epoch(self) -> float:
+        """Epochs done, with the fraction of the current one."""
+        return self.counters.step / self.order.steps_per_epoch
+
+    def state(self) -> State:
+        """What a checkpoint notes."""
+        plan = ResumedPlan(
+            device=str(self.compute.device),
+            dtype=dtype_name(self.compute.dtype),
+            attention=attention_name(self.forward, self.compute),
+            micro_batch_tokens=self.batches.budget,
+            threads=self.compute.threads,
+        )
+        return State(self.task.job_id, self.counters, plan, _identity(self.task, self.rows, self.order))
+
+    def plan(self) -> event_pb2.PlanResolved:
+        """The plan for people."""
+        return event_pb2.PlanResolved(
+            device=str(self.compute.device),
+            dtype=dtype_name(self.compute.dtype),
+            attention=attention_name(self.forward, self.compute),
+            micro_batch_tokens=self.batches.budget,
+            total_steps=self.total_steps,
+            training_rows=len(self.order.rows),
+            validation_rows=len(self.evaluated.indices) if self.evaluated else 0,
+            base_parameters=self.trained.base_parameters,
+            trained_parameters=self.trained.trained_parameters,
+            target_modules=self.trained.target_modules,
+            threads=self.compute.threads,
+            truncated_rows=self.rows.truncated,
+            notes=self.notes,
+        )
+
+
+def dtype_name(dtype: torch.dtype) -> str:
+    """`float32`, `bfloat16`."""
+    return str(dtype).removeprefix("torch.")
+
+
+def set_up(task: TrainerTask, settings: Settings, places: Places, reporter: Reporter, check: Check) -> Job:
+    """Loads, tokenises, plans, and takes up a checkpoint. Raises TrainingError, and StopRequested between phases."""
+    durable.sweep(places.checkpoints)
+    durable.sweep(places.model.parent)
+    resumed = checkpoint.load_state(places.resume_from) if places.resume_from else None
+    source = task.base_model
+    reporter.report(event_pb2.PhaseProgressed(phase=event_pb2.PHASE_LOADING, unit="models", total=1))
+    tokenizer = load_tokenizer(source)
+    config = load_config(source)
+    compute = choose_compute(task, settings.dtype, config, resumed.plan if resumed else None)
+
+    rows = tokenised.load(
+        task.training_dataset,
+        tokenizer,
+        max_length=_max_length(settings, config),
+        cache_dir=places.cache,
+        reporter=reporter,
+    )
+    check()
+    training, evaluated = _split(task, settings, config, tokenizer, rows, places, reporter)
+    order = RowOrder(training, settings.batch_size, settings.seed)
+    sample_ids = [render.prompt_ids(tokenizer, [{"role": "user", "content": each}]) for each in settings.sample_prompts]
+    check()
+
+    trained = _load_trained(task, settings, compute, places.resume_from)
+    masters = Masters(trained.root, compute.dtype)
+    lora.speed_up(trained.causal_lm)
+    generation_attention = trained.causal_lm.config._attn_implementation
+    forward, notes = choose_forward(trained.causal_lm, settings.attention, int(rows.lengths.max()))
+    optimizer = Optimizer(masters, settings.adam)
+    reporter.report(event_pb2.PhaseProgressed(phase=event_pb2.PHASE_LOADING, unit="models", completed=1, total=1))
+    check()
+
+    total = total_steps(settings, order.steps_per_epoch)
+    budget = micro_batch_tokens(compute, resumed.plan if resumed else None)
+    job = Job(
+        task=task,
+        settings=settings,
+        places=places,
+        reporter=reporter,
+        compute=compute,
+        tokenizer=tokenizer,
+        trained=trained,
+        masters=masters,
+        optimizer=optimizer,
+        forward=forward,
+        generation_attention=generation_attention,
+        sample_ids=sample_ids,
+        rows=rows,
+        order=order,
+        evaluated=evaluated,
+        total_steps=total,
+        warmup=warmup_steps(total, settings.warmup_steps, settings.warmup_ratio),
+        batches=Batches(forward.documents, budget, tokenizer.pad_token_id or 0, compute.device),
+        throughput=Throughput(),
+        notes=[*compute.notes, *notes, *_adapter_notes(task, settings, trained)],
+        counters=resumed.counters if resumed else Counters(),
+        saved=(resumed.counters.step, places.resume_from.name) if resumed and places.resume_from else (0, ""),
+    )
+    job.counters.computed_tokens = max(job.counters.computed_tokens, task.computed_tokens)
+    if resumed and places.resume_from:
+        if resumed.rows != job.state().rows:
+            raise TrainingError(
+                "CHECKPOINT_MISMATCH",
+                f"The checkpoint {places.resume_from.name} was made with other rows than this task names.",
+                "Start the job anew.",
+            )
+        optimizer.load(checkpoint.load_optimizer(places.resume_from))
+    return job
+
+
+def total_steps(settings: Settings, steps_per_epoch: int) -> int:
+    """Optimizer steps in all: what the epochs give, rounded up as transformers does, and at most `max_steps`."""
+    limits = []
+    if settings.epochs is not None:
+        limits.append(math.ceil(settings.epochs * steps_per_epoch))
+    if settings.max_steps is not None:
+        limits.append(settings.max_steps)
+    return min(limits)
+
+
+def _max_length(settings: Settings, config: Any) -> int:
+    limit = getattr(config.get_text_config(), "max_position_embeddings", None)
+    return min(settings.max_length, limit) if limit else settings.max_length
+
+
+def _split(
+    task: TrainerTask,
+    settings: Settings,
+    config: Any,
+    tokenizer: PreTrainedTokenizerBase,
+    rows: TokenisedRows,
+    places: Places,
+    reporter: Reporter,
+) -> tuple[Indices, Evaluated | None]:
+    """The rows to train on, and those to evaluate."""
+    if not task.HasField("validation_dataset"):
+        training, held_out = hold_out(settings.seed, len(rows), settings.validation_fraction)
+        return training, Evaluated(rows, held_out) if len(held_out) else None
+    validation = tokenised.load(
+        task.validation_dataset,
+        tokenizer,
+        max_length=_max_length(settings, config),
+        cache_dir=places.cache,
+        reporter=reporter,
+    )
+    return np.arange(len(rows)), Evaluated(validation, np.arange(len(validation)))
+
+
+def _load_trained(task: TrainerTask, settings: Settings, compute: Compute, resume_from: Path | None) -> Trained:
+    """The model with what is trained in it: a whole model comes from its checkpoint, and always in 32 bits."""
+    source = task.base_model
+    if settings.lora is None and resume_from is not None:
+        source = BaseModelSource(location=str(resume_from))
+    dtype = torch.float32 if settings.lora is None else compute.dtype
+    base = load_base(source, dtype, compute.device, settings.attention)
+    return prepare(
+        base,
+        source,
+        settings.lora,
+        name=task.spec.fine_tune.base_model,
+        seed=settings.seed,
+        resume_from=resume_from,
+    )
+
+
+def _adapter_notes(task: TrainerTask, settings: Settings, trained: Trained) -> list[str]:
+    rank = adapter_rank(trained)
+    if task.base_model.adapter_dir and settings.lora is not None and rank != settings.lora.rank:
+        return [f"the adapter that is continued keeps its own rank of {rank} and its own modules"]
+    return []
+
+
+def _identity(task: TrainerTask, rows: TokenisedRows, order: RowOrder) -> dict[str, Any]:
+    """What the order of the steps depends on."""
+    return {
+        "training_sha256": task.training_dataset.sha256,
+        "template_sha256": rows.template_sha256,
+        "training_rows": len(order.rows),
+        "batch_size": order.batch_size,
+        "seed": order.seed,
+    }

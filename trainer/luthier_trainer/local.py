@@ -1,0 +1,167 @@
+"""Fine-tuning in one line, without a server: the same engine, the same result."""
+
+import hashlib
+import sys
+import tempfile
+from collections.abc import Sequence
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Literal
+
+from luthier.trainer.v1.report_pb2 import Finished
+from luthier.trainer.v1.task_pb2 import BaseModelSource, DatasetSource, TrainerTask
+from luthier.v1 import job_pb2
+from luthier_trainer.console import ConsoleReporter, SilentReporter
+from luthier_trainer.control import NoControl
+from luthier_trainer.data.rows import rows
+from luthier_trainer.errors import TrainingError
+from luthier_trainer.inspect import locate
+from luthier_trainer.report import Reporter
+
+_SCHEDULERS = {
+    "cosine": job_pb2.LR_SCHEDULER_COSINE,
+    "linear": job_pb2.LR_SCHEDULER_LINEAR,
+    "constant": job_pb2.LR_SCHEDULER_CONSTANT,
+}
+_DTYPES = {
+    "auto": job_pb2.DTYPE_UNSPECIFIED,
+    "float32": job_pb2.DTYPE_FLOAT32,
+    "bfloat16": job_pb2.DTYPE_BFLOAT16,
+}
+
+
+@dataclass(frozen=True)
+class FineTuned:
+    """What came out: the directory of the model or adapter, the steps made and the final numbers by name."""
+
+    directory: Path
+    steps: int
+    metrics: dict[str, float]
+
+
+def fine_tune(
+    base_model: str,
+    data: str | Path,
+    out: str | Path,
+    *,
+    validation: str | Path | None = None,
+    validation_fraction: float = 0.0,
+    adaptation: Literal["lora", "full"] = "lora",
+    rank: int = 16,
+    alpha: float | None = None,
+    dropout: float = 0.0,
+    target_modules: Sequence[str] = ("all-linear",),
+    modules_to_save: Sequence[str] = (),
+    epochs: float | None = None,
+    max_steps: int | None = None,
+    batch_size: int = 16,
+    learning_rate: float | None = None,
+    lr_scheduler: Literal["cosine", "linear", "constant"] = "cosine",
+    warmup_ratio: float = 0.03,
+    weight_decay: float = 0.0,
+    max_grad_norm: float = 1.0,
+    max_length: int = 1024,
+    seed: int = 0,
+    dtype: Literal["auto", "float32", "bfloat16"] = "auto",
+    sample_prompts: Sequence[str] = (),
+    sample_max_tokens: int = 128,
+    progress: bool | None = None,
+    reporter: Reporter | None = None,
+) -> FineTuned:
+    """Fine-tunes `base_model` on the rows of `data` (JSONL or JSON; messages, prompts or instructions) into `out`.
+
+    `base_model` is a hub id, a directory with a model or an adapter, or `builtin/tiny`. Defaults are the server's: 3
+    epochs unless `max_steps` is given, a rate of 2e-4 for LoRA and 2e-5 for full fine-tuning, alpha twice the rank.
+    `progress` writes lines to standard error, by default when that is a terminal; `reporter` takes the reports instead.
+
+    Raises TrainingError, and FileExistsError when `out` is there already.
+    """
+    target = Path(out).absolute()
+    if target.exists():
+        raise FileExistsError(f"{target} is there already")
+    spec = job_pb2.FineTuneTask(
+        base_model=base_model,
+        training_dataset=Path(data).name,
+        validation_dataset=Path(validation).name if validation is not None else "",
+        validation_fraction=validation_fraction,
+        sft=job_pb2.Sft(),
+        hyperparameters=job_pb2.Hyperparameters(
+            batch_size=batch_size,
+            learning_rate=learning_rate or (2e-5 if adaptation == "full" else 2e-4),
+            weight_decay=weight_decay,
+            lr_scheduler=_SCHEDULERS[lr_scheduler],
+            warmup_ratio=warmup_ratio,
+            max_grad_norm=max_grad_norm,
+            epochs=3.0 if epochs is None and max_steps is None else epochs,
+            max_steps=max_steps,
+            max_length=max_length,
+            seed=seed,
+            attn_implementation="auto",
+            log_every=1,
+            dtype=_DTYPES[dtype],
+            adam_beta1=0.9,
+            adam_beta2=0.999,
+            adam_epsilon=1e-8,
+        ),
+        evaluation=job_pb2.Evaluation(sample_prompts=sample_prompts, sample_max_tokens=sample_max_tokens),
+        checkpoints=job_pb2.Checkpoints(keep=1),
+    )
+    if adaptation == "full":
+        spec.full.SetInParent()
+    else:
+        spec.lora.CopyFrom(
+            job_pb2.Lora(
+                rank=rank,
+                alpha=2.0 * rank if alpha is None else alpha,
+                dropout=dropout,
+                target_modules=target_modules,
+                modules_to_save=modules_to_save,
+            )
+        )
+    if reporter is None:
+        shown = sys.stderr.isatty() if progress is None else progress
+        reporter = ConsoleReporter() if shown else SilentReporter()
+    target.parent.mkdir(parents=True, exist_ok=True)
+    with tempfile.TemporaryDirectory(prefix=f".{target.name}-", dir=target.parent) as work:
+        task = TrainerTask(
+            job_id=f"local-{target.name}",
+            attempt=1,
+            spec=job_pb2.JobSpec(display_name=target.name, fine_tune=spec),
+            base_model=_source(base_model),
+            training_dataset=_dataset(Path(data)),
+            validation_dataset=None if validation is None else _dataset(Path(validation)),
+            checkpoints_dir=str(Path(work) / "checkpoints"),
+            model_dir=str(target),
+            cache_dir=str(Path(work) / "cache"),
+            cuda_devices=_devices(),
+        )
+        from luthier_trainer import sft
+
+        end = sft.train(task, reporter, NoControl())
+    if not isinstance(end, Finished):
+        raise RuntimeError("training was stopped, and nobody asked for it")
+    return FineTuned(target, end.step, dict(end.metrics))
+
+
+def _source(base_model: str) -> BaseModelSource:
+    """Where the base lies. Unlike a server, a person's own process may read any directory."""
+    path = Path(base_model)
+    local = path.is_dir() and not base_model.startswith("builtin/")
+    report = locate(str(path.resolve()), [Path("/")]) if local else locate(base_model)
+    if not report.found or report.problem:
+        raise TrainingError("MODEL_NOT_FOUND", report.problem or f"There is no model {base_model}.")
+    if report.adapter_dir:
+        return BaseModelSource(location=report.base_location, is_hub=report.is_hub, adapter_dir=report.adapter_dir)
+    return BaseModelSource(location=base_model if report.is_hub else report.directory, is_hub=report.is_hub)
+
+
+def _dataset(path: Path) -> DatasetSource:
+    with open(path, "rb") as file:
+        digest = hashlib.file_digest(file, "sha256").hexdigest()
+    return DatasetSource(path=str(path.resolve()), name=path.name, sha256=digest, rows=sum(1 for _ in rows(path)))
+
+
+def _devices() -> list[int]:
+    import torch
+
+    return [0] if torch.cuda.is_available() else []

@@ -1,0 +1,79 @@
+"""The plan: everything a spec leaves open, decided before the first step."""
+
+from dataclasses import dataclass
+from typing import Any
+
+import torch
+
+from luthier.trainer.v1.task_pb2 import TrainerTask
+from luthier.v1 import job_pb2
+from luthier_trainer.checkpoint import ResumedPlan
+from luthier_trainer.forward import Forward
+from luthier_trainer.probe import bfloat16_gain
+
+_CPU_TOKENS = 4096
+_CUDA_TOKENS = 16384
+_WORTHWHILE_GAIN = 1.5
+
+
+@dataclass(frozen=True)
+class Compute:
+    """Where and in which number format a job computes; decided before the model is loaded."""
+
+    device: torch.device
+    dtype: torch.dtype
+    threads: int
+    notes: tuple[str, ...]
+
+
+def choose_compute(
+    task: TrainerTask, wanted: job_pb2.Dtype.ValueType, config: Any, resumed: ResumedPlan | None
+) -> Compute:
+    """Device, dtype and threads. `config` is the base model's configuration; a resumed plan's dtype is kept.
+
+    On CUDA bfloat16 where the device has it. On CPU bfloat16 when a product of this model's shape is at least 1.5 times
+    faster in it, which takes AMX or avx512_bf16: without, it is several times slower.
+    """
+    if task.threads > 0:
+        torch.set_num_threads(task.threads)
+    device = torch.device("cuda", task.cuda_devices[0]) if task.cuda_devices else torch.device("cpu")
+    dtype, notes = _dtype(device, wanted, config, resumed)
+    if resumed is not None:
+        now = (str(device), torch.get_num_threads())
+        if now != (resumed.device, resumed.threads):
+            before = f"{resumed.device} with {resumed.threads} threads"
+            notes.append(f"the checkpoint was made on {before}: results agree to rounding, not bit by bit")
+    return Compute(device, dtype, torch.get_num_threads(), tuple(notes))
+
+
+def _dtype(
+    device: torch.device, wanted: job_pb2.Dtype.ValueType, config: Any, resumed: ResumedPlan | None
+) -> tuple[torch.dtype, list[str]]:
+    if wanted == job_pb2.DTYPE_FLOAT32:
+        return torch.float32, []
+    if wanted == job_pb2.DTYPE_BFLOAT16:
+        return torch.bfloat16, []
+    if resumed is not None:
+        return (torch.bfloat16 if resumed.dtype == "bfloat16" else torch.float32), []
+    if device.type == "cuda":
+        return (torch.bfloat16 if torch.cuda.is_bf16_supported() else torch.float32), []
+    text = config.get_text_config()
+    hidden = text.hidden_size
+    gain = bfloat16_gain(hidden, getattr(text, "intermediate_size", None) or 4 * hidden)
+    note = f"bfloat16 products of this model's shape run at {gain:.1f} times the speed of float32 here"
+    return (torch.bfloat16 if gain >= _WORTHWHILE_GAIN else torch.float32), [note]
+
+
+def micro_batch_tokens(compute: Compute, resumed: ResumedPlan | None) -> int:
+    """Tokens that go through the model together at most."""
+    if resumed is not None:
+        return resumed.micro_batch_tokens
+    return _CUDA_TOKENS if compute.device.type == "cuda" else _CPU_TOKENS
+
+
+def attention_name(forward: Forward, compute: Compute) -> str:
+    """The attention path as reports and checkpoints call it."""
+    if not forward.documents:
+        return f"padded-{forward.model.config._attn_implementation}"
+    varlen = compute.device.type == "cuda" and compute.dtype != torch.float32
+    return "documents-varlen" if varlen else "documents-sdpa"

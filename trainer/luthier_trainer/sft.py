@@ -1,0 +1,231 @@
+"""Supervised fine-tuning: the story of a job, from a task to a model, top to bottom."""
+
+import dataclasses
+import hashlib
+import math
+from collections.abc import Sequence
+
+import torch
+
+from luthier.trainer.v1.report_pb2 import Finished, Stopped
+from luthier.trainer.v1.task_pb2 import TrainerTask
+from luthier.v1 import event_pb2
+from luthier_trainer import checkpoint
+from luthier_trainer.config import read_places, read_settings
+from luthier_trainer.control import Control
+from luthier_trainer.errors import TrainingError
+from luthier_trainer.evaluate import evaluate
+from luthier_trainer.flatten import Example, scored_tokens
+from luthier_trainer.job import Job, set_up
+from luthier_trainer.report import Reporter, checkpoint_saved
+from luthier_trainer.sample import answer
+from luthier_trainer.save import save_model
+from luthier_trainer.schedule import learning_rate
+from luthier_trainer.stop import Check, StopRequested, check_of
+
+_SMALLEST_BUDGET = 64
+_OUT_OF_MEMORY_TEXTS = ("can't allocate memory", "not enough memory", "out of memory")
+
+
+def train(task: TrainerTask, reporter: Reporter, control: Control) -> Finished | Stopped:
+    """Trains what the task asks for and returns the attempt's last report.
+
+    The control is read between micro-batches: a stop leaves a checkpoint of the last whole step. Raises TrainingError
+    for what a person can act on; anything else is a bug or the machine's trouble, such as memory.
+    """
+    settings, places = read_settings(task), read_places(task)
+    check = check_of(control)
+    job: Job | None = None
+    try:
+        job = set_up(task, settings, places, reporter, check)
+        reporter.report(job.plan(), durable=True)
+        _train(job, check)
+        check()
+    except StopRequested:
+        if job is not None:
+            return Stopped(step=job.counters.step, checkpoint=_save_checkpoint(job))
+        resumed = places.resume_from
+        return Stopped(step=checkpoint.step_of(resumed) if resumed else 0, checkpoint=resumed.name if resumed else "")
+    return _finish(job)
+
+
+def _train(job: Job, check: Check) -> None:
+    """Every step from the counters' on, with the evaluations, samples and checkpoints that are due between them."""
+    counters = job.counters
+    job.forward.model.train()
+    every = job.settings.checkpoint_every or max(50, math.ceil(job.total_steps / 10))
+    if counters.step == 0:
+        _evaluate(job, check)
+        _sample(job, check)
+    while counters.step < job.total_steps:
+        if _evaluation_is_due(job):  # only true here when a stop came before it
+            _evaluate(job, check)
+        _make_step(job, check)
+        if _evaluation_is_due(job):
+            _evaluate(job, check)
+        if counters.step % every == 0:
+            _save_checkpoint(job)
+    _evaluate(job, check)
+    if counters.step > 0:
+        _sample(job, check)
+
+
+def _make_step(job: Job, check: Check) -> None:
+    """One optimizer step: forward and backward over its micro-batches, then clip and update."""
+    counters, settings = job.counters, job.settings
+    job.throughput.start()
+    examples = [job.rows.example(int(index)) for index in job.order.batch(counters.step)]
+    loss, tokens = _accumulate(job, examples, check)
+    rate = learning_rate(
+        settings.peak_rate, settings.scheduler, counters.step, warmup=job.warmup, total_steps=job.total_steps
+    )
+    norm = float(job.optimizer.step(rate)) if math.isfinite(loss) else math.nan
+    if not math.isfinite(norm):
+        raise TrainingError(
+            "LOSS_NOT_FINITE",
+            f"At step {counters.step + 1} the {'gradient' if math.isfinite(loss) else 'loss'} is not finite.",
+            "Lower the learning rate, keep max_grad_norm at 1, or compute in float32.",
+        )
+    counters.step += 1
+    counters.trained_tokens += tokens
+    counters.loss_total += loss
+    counters.last_loss = loss
+    counters.seconds += job.throughput.stop(tokens)
+    if counters.step % settings.log_every == 0 or counters.step in (1, job.total_steps):
+        job.reporter.report(
+            event_pb2.StepCompleted(
+                step=counters.step,
+                total_steps=job.total_steps,
+                epoch=job.epoch,
+                loss=loss,
+                learning_rate=rate,
+                grad_norm=norm,
+                tokens_per_second=job.throughput.tokens_per_second,
+                trained_tokens=counters.trained_tokens,
+                computed_tokens=counters.computed_tokens,
+            )
+        )
+
+
+def _accumulate(job: Job, examples: Sequence[Example], check: Check) -> tuple[float, int]:
+    """The gradient of the mean loss per scored token of all examples, left in the masters. Returns (loss, real tokens).
+
+    When memory runs out the step starts over in micro-batches of half the tokens, which changes nothing in its result.
+    """
+    while True:
+        try:
+            return _accumulate_once(job, examples, check)
+        except RuntimeError as error:
+            if not _can_halve(job, examples, error):
+                raise
+        job.batches = dataclasses.replace(job.batches, budget=job.batches.budget // 2)
+        if job.compute.device.type == "cuda":
+            torch.cuda.empty_cache()
+        message = f"out of memory: micro-batches have {job.batches.budget} tokens from now on"
+        job.reporter.report(event_pb2.LogEmitted(level=event_pb2.LOG_LEVEL_WARNING, message=message))
+
+
+def _accumulate_once(job: Job, examples: Sequence[Example], check: Check) -> tuple[float, int]:
+    job.masters.zero_gradients()
+    torch.manual_seed(_stream(job.settings.seed, job.counters.step))
+    share = 1.0 / scored_tokens(examples)
+    loss = torch.zeros((), dtype=torch.float64, device=job.compute.device)
+    tokens = 0
+    for batch in job.batches.of(examples):
+        check()
+        if len(batch.targets):
+            part = job.forward.loss_sum(batch) * share
+            part.backward()  # type: ignore[no-untyped-call]
+            loss += part.detach()
+        tokens += batch.tokens
+        job.counters.computed_tokens += batch.tokens
+    return float(loss), tokens
+
+
+def _can_halve(job: Job, examples: Sequence[Example], error: RuntimeError) -> bool:
+    """Whether the error is a lack of memory that smaller micro-batches could cure."""
+    if not any(text in str(error).lower() for text in _OUT_OF_MEMORY_TEXTS):
+        return False
+    several = any(len(batch.lengths) > 1 for batch in job.batches.of(examples))
+    return several and job.batches.budget // 2 >= _SMALLEST_BUDGET
+
+
+def _stream(seed: int, step: int) -> int:
+    """The seed of what is random in a step: dropout draws the same after a resume, and whatever ran between two
+    steps."""
+    return int.from_bytes(hashlib.sha256(f"luthier {seed} {step}".encode()).digest()[:8], "little") >> 1
+
+
+def _evaluation_is_due(job: Job) -> bool:
+    step, settings = job.counters.step, job.settings
+    if job.evaluated is None or step == 0 or step == job.counters.evaluated_step:
+        return False
+    every = settings.evaluate_every_steps or (settings.evaluate_every_epochs or 1) * job.order.steps_per_epoch
+    return step % every == 0
+
+
+def _evaluate(job: Job, check: Check) -> None:
+    """Evaluates the model as it is, unless that was done."""
+    counters = job.counters
+    if job.evaluated is None or counters.evaluated_step == counters.step:
+        return
+    rows, indices = job.evaluated.rows, job.evaluated.indices
+    job.reporter.report(event_pb2.PhaseProgressed(phase=event_pb2.PHASE_EVALUATING, total=len(indices), unit="rows"))
+    result = evaluate(job.forward, job.batches, rows, indices, check, step=counters.step, epoch=job.epoch)
+    if counters.evaluated_step < 0:
+        counters.evaluation["base_eval_loss"] = result.loss
+    counters.evaluation["eval_loss"] = result.loss
+    counters.evaluation["eval_token_accuracy"] = result.token_accuracy
+    counters.evaluated_step = counters.step
+    job.reporter.report(result)
+
+
+def _sample(job: Job, check: Check) -> None:
+    """Answers the sample prompts with the model as it is."""
+    prompts = job.settings.sample_prompts
+    if not prompts:
+        return
+    job.reporter.report(event_pb2.PhaseProgressed(phase=event_pb2.PHASE_SAMPLING, total=len(prompts), unit="prompts"))
+    samples = answer(
+        job.forward.model,
+        job.tokenizer,
+        prompts,
+        job.sample_ids,
+        max_tokens=job.settings.sample_max_tokens,
+        attention=job.generation_attention,
+        check=check,
+    )
+    job.reporter.report(event_pb2.SamplesGenerated(step=job.counters.step, samples=samples))
+
+
+def _save_checkpoint(job: Job) -> str:
+    """Saves the last whole step, unless that was done, and returns the checkpoint's name. Step 0 needs none."""
+    step, name = job.saved
+    if step == job.counters.step:
+        return name
+    attempt = job.task.attempt
+    name, size = checkpoint.save(
+        job.places.checkpoints, attempt, job.state(), job.trained, job.masters, job.optimizer, job.tokenizer
+    )
+    job.saved = (job.counters.step, name)
+    job.reporter.report(checkpoint_saved(job.task.job_id, job.counters.step, attempt, size), durable=True)
+    checkpoint.prune(job.places.checkpoints, job.settings.checkpoint_keep)
+    return name
+
+
+def _finish(job: Job) -> Finished:
+    """Writes the model and sums up."""
+    counters = job.counters
+    job.reporter.report(event_pb2.PhaseProgressed(phase=event_pb2.PHASE_SAVING, total=1, unit="models"))
+    metrics = {
+        "train_loss": counters.loss_total / max(counters.step, 1),
+        "final_loss": counters.last_loss,
+        "epochs": job.epoch,
+        "trained_tokens": float(counters.trained_tokens),
+        "training_seconds": counters.seconds,
+        **counters.evaluation,
+    }
+    if counters.step == 0:
+        del metrics["train_loss"], metrics["final_loss"]
+    size = save_model(job, metrics)
+    return Finished(step=counters.step, size_bytes=size, metrics=metrics)
