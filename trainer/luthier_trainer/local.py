@@ -16,6 +16,7 @@ from luthier_trainer.control import NoControl
 from luthier_trainer.data.rows import rows
 from luthier_trainer.errors import TrainingError
 from luthier_trainer.inspect import locate
+from luthier_trainer.main import let_waiting_threads_sleep
 from luthier_trainer.report import Reporter
 
 _SCHEDULERS = {
@@ -76,6 +77,7 @@ def fine_tune(
 
     Raises TrainingError, and FileExistsError when `out` is there already.
     """
+    let_waiting_threads_sleep()
     target = Path(out).absolute()
     if target.exists():
         raise FileExistsError(f"{target} is there already")

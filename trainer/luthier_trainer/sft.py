@@ -128,7 +128,7 @@ def _accumulate(job: Job, examples: Sequence[Example], check: Check) -> tuple[fl
 def _accumulate_once(job: Job, examples: Sequence[Example], check: Check) -> tuple[float, int]:
     job.masters.zero_gradients()
     torch.manual_seed(_stream(job.settings.seed, job.counters.step))
-    share = 1.0 / scored_tokens(examples)
+    share = 1.0 / max(scored_tokens(examples), 1)  # rows that were cut before their answer score nothing
     loss = torch.zeros((), dtype=torch.float64, device=job.compute.device)
     tokens = 0
     for batch in job.batches.of(examples):

@@ -1,15 +1,16 @@
 """Pretrain `builtin/tiny`, the small model that Luthier carries with it.
 
-The corpus is the documentation of Python's standard library as a CPython install has it: the language reference in
-`pydoc_data.topics`, and the docstrings, signatures and longer comments of every module, read through `ast` and
-`tokenize`; no module of the library is run. A part of it is retold as ChatML conversations in plain prose, so that the
-special tokens are trained and the model learns to pick names out of a question. No answer is JSON.
+The corpus is the documentation of Python's standard library as a CPython install has it: the language reference
+in `pydoc_data.topics`, and the docstrings, signatures and longer comments of every module, read through `ast` and
+`tokenize`; no module of the library is run. A part of it is retold as ChatML conversations in plain prose, so that
+the special tokens are trained. Others are about invented objects, so that the model learns to pick names out of a
+question instead of knowing them by heart. No answer is JSON.
 
-The result is a function of the CPython patch version, the seed and the machine's arithmetic. Needs torch, transformers,
-tokenizers and safetensors; about 20 minutes on two cores.
+The result is a function of the CPython patch version, the seed and the machine's arithmetic. Needs torch,
+transformers, tokenizers and safetensors; about 15 minutes on two cores.
 
     python pretrain_tiny.py --out DIR              # the whole thing
-    python pretrain_tiny.py --out DIR --steps 0    # tokenizer, template and untrained weights, in a minute
+    python pretrain_tiny.py --out DIR --steps 0    # tokenizer, template and untrained weights, in ten seconds
 """
 
 from __future__ import annotations
@@ -17,13 +18,12 @@ from __future__ import annotations
 import argparse
 import ast
 import hashlib
-import inspect
 import io
 import json
 import math
 import platform
 import random
-import sys
+import re
 import sysconfig
 import time
 import tokenize
@@ -42,7 +42,7 @@ END_OF_TEXT, TURN_START, TURN_END = "<|endoftext|>", "<|im_start|>", "<|im_end|>
 SPECIAL_TOKENS = (END_OF_TEXT, TURN_START, TURN_END)  # their ids are 0, 1, 2
 VOCABULARY = 4096
 POSITIONS = 1024
-SKIPPED_FOLDERS = frozenset({"site-packages", "__pycache__", "idle_test", "test", "tests", "lib2to3", "turtledemo"})
+SKIPPED_FOLDERS = frozenset({"site-packages", "test", "tests", "idle_test", "lib2to3", "turtledemo"})
 
 # The turn's text and its end are inside the generation block: they are what an assistant turn trains.
 CHAT_TEMPLATE = (
@@ -64,7 +64,7 @@ class Described:
     kind: str
     module: str
     qualname: str  # within the module; the module's own name for a module
-    signature: str  # as the source has it, without the surrounding `def` and parentheses; "" where there is none
+    signature: str  # what the source has between the parentheses; "" where there is nothing
     parameters: tuple[str, ...]
     text: str
 
@@ -77,10 +77,11 @@ class Corpus:
     chats: list[str]
     heldout_documents: list[str]
     heldout_chats: list[str]
+    sources: list[str]  # whole modules, one in four; for the tokenizer alone, so that brackets and quotes are cheap
 
 
 def held_out(key: str) -> bool:
-    """Whether the object of this name is held out: one in fifty, by a hash, whatever else is in the corpus."""
+    """Whether the object of this name is held out: about one in fifty, by a hash."""
     return hashlib.sha256(key.encode()).digest()[0] < 5
 
 
@@ -118,9 +119,7 @@ def _described_in(tree: ast.AST, module: str, outer: tuple[str, ...], kind: str)
                 arguments = node.args
                 every = [*arguments.posonlyargs, *arguments.args, *arguments.kwonlyargs]
                 names = tuple(argument.arg for argument in every if argument.arg not in ("self", "cls"))
-                yield Described(
-                    kind, module, ".".join((*outer, node.name)), ast.unparse(arguments), names, text
-                )
+                yield Described(kind, module, ".".join((*outer, node.name)), ast.unparse(arguments), names, text)
         elif isinstance(node, ast.If | ast.Try):
             yield from _described_in(node, module, outer, kind)
 
@@ -216,9 +215,7 @@ def as_chat(item: Described, choose: random.Random) -> str:
     }
     if item.kind == "class":
         words["parameters"] = f"Its base is `{item.signature}`. " if item.signature else ""
-    questions, answers = (
-        (MODULE_QUESTIONS, MODULE_ANSWERS) if item.kind == "module" else (QUESTIONS, ANSWERS)
-    )
+    questions, answers = (MODULE_QUESTIONS, MODULE_ANSWERS) if item.kind == "module" else (QUESTIONS, ANSWERS)
     turns: list[tuple[str, str]] = []
     if choose.random() < 0.1:
         turns.append(("system", choose.choice(SYSTEM_PROMPTS)))
@@ -230,8 +227,34 @@ def as_chat(item: Described, choose: random.Random) -> str:
     return "".join(f"{TURN_START}{role}\n{content.strip()}{TURN_END}\n" for role, content in turns)
 
 
-def build_corpus(library: Path, seed: int, retellings: int) -> Corpus:
-    """The corpus from the library's sources; every object is retold `retellings` times."""
+def invented_objects(items: list[Described], count: int, choose: random.Random) -> Iterator[Described]:
+    """Objects that do not exist, named with words of real ones: what is said of them must be read off the question."""
+    names = [item.qualname.rsplit(".", 1)[-1] for item in items]
+    words = sorted({word for name in names for word in re.findall(r"[A-Z]?[a-z]+|[A-Z]+|\d+", name)})
+    modules = sorted({item.module for item in items})
+    parameters = [parameter for item in items for parameter in item.parameters]
+    for _ in range(count):
+        kind = choose.choice(("function", "class"))
+        parts = choose.sample(words, choose.choice((1, 2, 2, 3)))
+        if kind == "class":
+            name = "".join(part.capitalize() for part in parts)
+            listed: tuple[str, ...] = ()
+            signature = choose.choice(words).capitalize()
+        else:
+            name = choose.choice(("_", "_", "")).join(part.lower() for part in parts)
+            listed = tuple(dict.fromkeys(choose.sample(parameters, choose.randint(0, 4))))
+            signature = ", ".join(listed)
+        module = choose.choice(modules)
+        if choose.random() < 0.5:
+            module = ".".join(part.lower() for part in choose.sample(words, choose.choice((1, 2))))
+        yield Described(kind, module, name if not name[0].isdigit() else f"x{name}", signature, listed, "")
+
+
+def build_corpus(library: Path, seed: int, retellings: int, inventions: int) -> Corpus:
+    """The corpus from the library's sources.
+
+    Every object is retold `retellings` times, and `inventions` conversations are about objects that do not exist.
+    """
     topics: dict[str, str] = {}
     for node in ast.parse((library / "pydoc_data" / "topics.py").read_text("utf-8")).body:
         if isinstance(node, ast.Assign):
@@ -239,12 +262,16 @@ def build_corpus(library: Path, seed: int, retellings: int) -> Corpus:
     entries: list[tuple[str, str, list[str]]] = [(f"topic {name}", text, []) for name, text in topics.items()]
     seen: set[str] = set()
     choose = random.Random(seed)
+    sources: list[str] = []
+    items: list[Described] = []
     for module, source in library_sources(library):
+        sources.append(source)
         for item in described_objects(module, source):
             normal = " ".join(item.text.lower().split())
             if len(normal) < 12 or normal in seen:
                 continue
             seen.add(normal)
+            items.append(item)
             chats = [as_chat(item, choose) for _ in range(retellings)]
             entries.append((f"{module}:{item.qualname}", as_code(item), chats))
         for text in comment_blocks(source):
@@ -252,13 +279,16 @@ def build_corpus(library: Path, seed: int, retellings: int) -> Corpus:
             if normal not in seen:
                 seen.add(normal)
                 entries.append((text, text, []))
+    for number, item in enumerate(invented_objects(items, inventions, choose)):
+        entries.append((f"invention {number}", "", [as_chat(item, choose)]))
     trained = [entry for entry in entries if not held_out(entry[0])]
     tested = [entry for entry in entries if held_out(entry[0])]
     return Corpus(
-        documents=[text for _, text, _ in trained],
+        documents=[text for _, text, _ in trained if text],
         chats=[chat for _, _, chats in trained for chat in chats],
-        heldout_documents=[text for _, text, _ in tested],
+        heldout_documents=[text for _, text, _ in tested if text],
         heldout_chats=[chat for _, _, chats in tested for chat in chats],
+        sources=sources[::4],
     )
 
 
@@ -275,7 +305,7 @@ def train_tokenizer(corpus: Corpus) -> Tokenizer:
         initial_alphabet=pre_tokenizers.ByteLevel.alphabet(),
         show_progress=False,
     )
-    texts = [*corpus.documents, *corpus.chats]
+    texts = [*corpus.documents, *corpus.chats, *corpus.sources]
     for token in SPECIAL_TOKENS:
         texts = [text.replace(token, "") for text in texts]
     tokenizer.train_from_iterator(texts, trainer)
@@ -308,14 +338,12 @@ def new_model(seed: int) -> LlamaForCausalLM:
 
 def token_stream(texts: list[str], tokenizer: Tokenizer, order: random.Random) -> list[int]:
     """The texts' tokens in a drawn order, each text closed by END_OF_TEXT."""
-    end = tokenizer.token_to_id(END_OF_TEXT)
+    end = SPECIAL_TOKENS.index(END_OF_TEXT)
     drawn = order.sample(texts, len(texts))
     return [token for encoding in tokenizer.encode_batch(drawn) for token in (*encoding.ids, end)]
 
 
-def training_blocks(
-    corpus: Corpus, tokenizer: Tokenizer, seed: int, length: int, rows: int
-) -> Iterator[torch.Tensor]:
+def training_blocks(corpus: Corpus, tokenizer: Tokenizer, seed: int, length: int, rows: int) -> Iterator[torch.Tensor]:
     """Batches `[rows, length]` of packed tokens, epoch after epoch, each epoch in its own order."""
     import torch
 
@@ -324,7 +352,7 @@ def training_blocks(
     while True:
         stream = torch.tensor(token_stream(texts, tokenizer, order))
         blocks = stream[: len(stream) // length * length].view(-1, length)
-        for batch in blocks.split(rows):
+        for batch in torch.split(blocks, rows):
             if len(batch) == rows:
                 yield batch
 
@@ -336,7 +364,7 @@ def mean_loss(model: LlamaForCausalLM, texts: list[str], tokenizer: Tokenizer, l
     stream = torch.tensor(token_stream(texts, tokenizer, random.Random(0)))
     total, count = 0.0, 0
     with torch.inference_mode():
-        for block in stream.split(length):
+        for block in torch.split(stream, length):
             if len(block) > 1:
                 loss = model(block[None], use_cache=False, labels=block[None]).loss
                 total += loss.item() * (len(block) - 1)
@@ -381,7 +409,7 @@ def pretrain(
             batch = batch.view(-1, POSITIONS)
         logits = model(batch, use_cache=False).logits
         loss = cross_entropy(logits[:, :-1].reshape(-1, logits.shape[-1]), batch[:, 1:].reshape(-1))
-        loss.backward()  # type: ignore[no-untyped-call]
+        torch.autograd.backward(loss)
         torch.nn.utils.clip_grad_norm_(model.parameters(), 1.0)
         optimizer.step()
         optimizer.zero_grad(set_to_none=True)
@@ -391,18 +419,18 @@ def pretrain(
             curve.append((step + 1, round(sum(recent) / len(recent), 4)))
             recent = []
             seconds = time.monotonic() - start
-            say(f"step {step + 1}/{steps} loss {curve[-1][1]:.3f} {tokens / seconds:.0f} tokens/s {seconds:.0f} s")
-    model.eval()
+            speed = tokens / seconds
+            say(f"step {step + 1}/{steps} loss {curve[-1][1]:.3f} {speed:.0f} tokens/s {seconds:.0f} s")
+    model.train(False)
     return curve
 
 
 def write_model(model: LlamaForCausalLM, tokenizer: Tokenizer, out: Path) -> None:
-    """The directory in Hugging Face's format: fp16 weights in one file, readable by everyone."""
+    """The directory in Hugging Face's format: fp16 weights in one file, which the model itself becomes too."""
     import torch
 
     out.mkdir(parents=True, exist_ok=True)
-    model.to(torch.float16).save_pretrained(out)
-    model.float()
+    model.type(torch.float16).save_pretrained(out)
     tokenizer.save(str(out / "tokenizer.json"))
     settings = {
         "tokenizer_class": "PreTrainedTokenizerFast",
@@ -422,29 +450,27 @@ def write_model(model: LlamaForCausalLM, tokenizer: Tokenizer, out: Path) -> Non
 
 
 def main() -> None:
-    parser = argparse.ArgumentParser(description=inspect.getdoc(sys.modules[__name__]).split("\n")[0])
+    parser = argparse.ArgumentParser(description="Pretrain builtin/tiny.")
     parser.add_argument("--out", type=Path, required=True, help="the model directory to write")
     parser.add_argument("--library", type=Path, default=Path(sysconfig.get_paths()["stdlib"]))
-    parser.add_argument("--steps", type=int, default=1500)
+    parser.add_argument("--steps", type=int, default=2200)
     parser.add_argument("--rows", type=int, default=4, help="blocks a step")
     parser.add_argument("--block", type=int, default=512, help="tokens a block")
     parser.add_argument("--lr", type=float, default=3e-3, help="peak learning rate")
     parser.add_argument("--warmup", type=int, default=100, help="steps")
-    parser.add_argument("--retellings", type=int, default=2, help="conversations about each object")
+    parser.add_argument("--retellings", type=int, default=1, help="conversations about each object")
+    parser.add_argument("--inventions", type=int, default=30000, help="conversations about invented objects")
     parser.add_argument("--seed", type=int, default=20)
     options = parser.parse_args()
 
     def say(line: str) -> None:
-        print(line, flush=True)  # noqa: T201
+        print(line, flush=True)
 
     start = time.monotonic()
     warnings.simplefilter("ignore", SyntaxWarning)  # the library's own sources have invalid escapes
-    corpus = build_corpus(options.library, options.seed, options.retellings)
-    say(
-        f"corpus of CPython {platform.python_version()}: {len(corpus.documents)} documents of "
-        f"{sum(map(len, corpus.documents)):,} characters, {len(corpus.chats)} conversations of "
-        f"{sum(map(len, corpus.chats)):,}; held out {len(corpus.heldout_documents)} and {len(corpus.heldout_chats)}"
-    )
+    corpus = build_corpus(options.library, options.seed, options.retellings, options.inventions)
+    for name, texts in vars(corpus).items():
+        say(f"{name}: {len(texts)} texts, {sum(map(len, texts)):,} characters")
     tokenizer = train_tokenizer(corpus)
     say(f"tokenizer after {time.monotonic() - start:.0f} s")
     model = new_model(options.seed)
@@ -464,7 +490,7 @@ def main() -> None:
     write_model(model, tokenizer, options.out)
     record = {
         "python": platform.python_version(),
-        "options": {name: getattr(options, name) for name in ("steps", "rows", "block", "lr", "warmup", "seed")},
+        "options": {name: value for name, value in vars(options).items() if not isinstance(value, Path)},
         "seconds": round(seconds),
         "heldout_loss": {name: round(loss, 4) for name, loss in losses.items()},
         "curve": curve,
