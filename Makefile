@@ -33,8 +33,9 @@ demo: setup ## train the example from upload to score, with live progress
 serve: setup ## start luthierd for real use
 	@exec $(BIN)/luthierd
 
+# Most tests wait for real processes, so three workers keep two cores busy; more threads would only get in their way.
 test: setup-dev ## run the tests
-	@$(BIN)/python -m pytest
+	@OMP_NUM_THREADS=1 OMP_WAIT_POLICY=PASSIVE $(BIN)/python -m pytest -n 3 --dist loadfile -q
 
 check: setup-dev ## format, lint, types, import rules, the contract and its generated code
 	@PATH="$(CURDIR)/$(BIN):$$PATH" sh .ci/check
