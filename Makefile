@@ -58,8 +58,9 @@ proto: setup-dev $(PROTO_VENV)/.ready ## generate the stubs from the contract
 		$(patsubst %,proto/luthier/v1/%.proto,fine_tuning datasets models)
 	@for stub in $$(find proto/gen -name '*_pb2_grpc.pyi'); do test -f "$${stub%i}" || rm "$$stub"; done
 
-dist: setup-dev ## build a wheelhouse of the four distributions
-	@rm -rf dist && for each in $(DISTS); do $(PIP) wheel --no-deps --wheel-dir dist ./$$each; done && ls dist
+dist: setup-dev ## build the wheels, and gather what the client needs to install without an index
+	@rm -rf dist && $(PIP) wheel --no-deps --wheel-dir dist $(DISTS:%=./%)
+	@$(PIP) download -c constraints.txt --find-links dist --dest dist dist/luthier_client-*.whl && ls dist
 
 clean: ## remove what make made
 	rm -rf $(VENV) $(PROTO_VENV) dist .mypy_cache .ruff_cache .pytest_cache .import_linter_cache

@@ -183,7 +183,8 @@ async def _run(chosen: Settings) -> None:
         await daemon.executor.prepare()
         await daemon.scheduler.recover(await JobRows(daemon.database).open_attempts())
         port = await daemon.server.start(chosen.listen)
-        address = f"{chosen.listen.rpartition(':')[0]}:{port}"
+        host = chosen.listen.rpartition(":")[0]
+        address = chosen.listen if host == "unix" else f"{host}:{port}"
         replace_file(chosen.data_dir / "address", address.encode())
         log.info("serving", address=address, data_dir=str(chosen.data_dir), version=__version__)
         scheduling = asyncio.create_task(daemon.scheduler.run(), name="scheduler")

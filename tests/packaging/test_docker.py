@@ -144,8 +144,12 @@ def server_programs(tmp_path_factory: pytest.TempPathFactory) -> Path:
     folder = tmp_path_factory.mktemp("server-image")
     instructions = stages()["server"]
     copy(instructions, folder / "src")
-    subprocess.run([sys.executable, "-m", "venv", folder / "venv"], check=True)
+    subprocess.run([sys.executable, "-m", "venv", "--without-pip", folder / "venv"], check=True)
     programs = folder / "venv" / "bin"
+    # The pip that is here, working on the fresh environment: that saves installing one there.
+    pip = programs / "pip"
+    pip.write_text(f'#!/bin/sh\nexec "{sys.executable}" -m pip --python "{programs / "python"}" "$@"\n')
+    pip.chmod(0o755)
     variables = os.environ | {"PATH": f"{programs}{os.pathsep}{os.environ['PATH']}"}
     for line in pip_lines(instructions):
         done = subprocess.run(line, shell=True, cwd=folder / "src", env=variables, capture_output=True, text=True)
