@@ -42,7 +42,7 @@ def frame(payload: bytes) -> bytes:
 
 
 def frames(data: bytes) -> Iterator[tuple[bytes, int]]:
-    """Yields (payload, offset after it) for each whole frame from the start of `data`; stops at the first broken one."""
+    """Yields (payload, offset after it) of each whole frame from the start of `data`; stops at the first broken one."""
     offset = 0
     while offset + _HEADER.size <= len(data):
         length, crc = _HEADER.unpack_from(data, offset)
@@ -57,7 +57,7 @@ def frames(data: bytes) -> Iterator[tuple[bytes, int]]:
 
 
 def try_lock(attempt_dir: Path) -> int | None:
-    """Takes the attempt's lock without waiting: a file descriptor that holds it until closed, or None when it is held."""
+    """Takes the attempt's lock without waiting: a descriptor that holds it until closed, or None when it is held."""
     fd = os.open(attempt_dir / LOCK, os.O_RDWR | os.O_CREAT | os.O_CLOEXEC, 0o644)
     try:
         fcntl.flock(fd, fcntl.LOCK_EX | fcntl.LOCK_NB)
