@@ -1,7 +1,7 @@
 """Make the `stdlib-cards` dataset: a question about an object of Python's standard library, a JSON card as the answer.
 
-A row is `{"messages": [{"role": "user", ...}, {"role": "assistant", ...}]}`. The question names the object, its kind and
-its module in backticks, with at most four of its parameters; the answer is a card of one line:
+A row is `{"messages": [{"role": "user", ...}, {"role": "assistant", ...}]}`. The question names the object, its
+kind and its module, with at most three of its parameters; the answer is a card of one line:
 
     {"name": "dumps", "kind": "function", "module": "json", "parameters": ["obj", "skipkeys"]}
 
@@ -27,13 +27,24 @@ from collections.abc import Iterator
 from dataclasses import dataclass
 from pathlib import Path
 
-TRAINING_ROWS = 1200
+TRAINING_ROWS = 1600
 HELDOUT_ROWS = 50
-MOST_PARAMETERS = 4
-LONGEST_NAME = 28
+MOST_PARAMETERS = 3
+LONGEST_NAME = 16
+LONGEST_MODULE = 28
 SEED = 7
 SKIPPED = frozenset(
-    {"site-packages", "test", "tests", "idlelib", "lib2to3", "turtledemo", "encodings", "pydoc_data", "ensurepip"}
+    {
+        "site-packages",
+        "test",
+        "tests",
+        "idlelib",
+        "lib2to3",
+        "turtledemo",
+        "encodings",
+        "pydoc_data",
+        "ensurepip",
+    }
 )
 
 QUESTIONS = (
@@ -74,7 +85,7 @@ def public_modules(library: Path) -> Iterator[tuple[str, str]]:
             parts = parts[:-1]
         if SKIPPED.intersection(parts) or not all(part.isidentifier() and part[0] != "_" for part in parts):
             continue
-        if parts and len(".".join(parts)) <= LONGEST_NAME:
+        if parts and len(".".join(parts)) <= LONGEST_MODULE:
             with tokenize.open(path) as file:
                 yield ".".join(parts), file.read()
 
@@ -141,7 +152,7 @@ def main() -> None:
     rows = [row(card, choose) for card in drawn]
     (options.out / "heldout.jsonl").write_text("".join(rows[:HELDOUT_ROWS]))
     (options.out / "train.jsonl").write_text("".join(rows[HELDOUT_ROWS:]))
-    print(f"{len(cards)} objects; {TRAINING_ROWS} training and {HELDOUT_ROWS} held-out rows")  # noqa: T201
+    print(f"{len(cards)} objects; {TRAINING_ROWS} training and {HELDOUT_ROWS} held-out rows")
 
 
 if __name__ == "__main__":

@@ -10,10 +10,9 @@ sys.path.insert(0, str(Path(__file__).parents[2]))
 
 from benchmarks import choose_peer, machine, report
 from benchmarks.aims import Aim
-from benchmarks.engine import workload
+from benchmarks.engine import peer, workload
 from benchmarks.engine.contestant import EXAMPLES_PER_STEP, Contestant
 from benchmarks.engine.flops import training_flops
-from benchmarks.engine.peer import BEST, FOR_INFORMATION
 from benchmarks.load.bare import read_events, write_events
 from benchmarks.load.watchers import _lags
 from benchmarks.numbers import quantile
@@ -73,8 +72,8 @@ def test_operations_are_those_of_the_formula_for_a_row_by_hand() -> None:
 def test_the_pinned_peers_were_candidates_and_step_like_luthier() -> None:
     tried = choose_peer.candidates()
     assert len(tried) == len(set(tried))
-    for peer in (*BEST.values(), *FOR_INFORMATION):
-        assert peer in tried
+    for each in (*peer.FLOAT32, *peer.BFLOAT16, *peer.FOR_INFORMATION):
+        assert each in tried
     for each in tried:
         if each.strategy != "packing":
             assert each.batch * each.accumulation == EXAMPLES_PER_STEP
