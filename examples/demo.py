@@ -7,7 +7,6 @@ sets of answers and both losses come through WatchJob; the example's own `score.
 
 import contextlib
 import json
-import os
 import signal
 import subprocess
 import sys
@@ -61,11 +60,12 @@ def luthierd(data_dir: Path) -> Iterator[str]:
 @contextlib.contextmanager
 def masked() -> Iterator[None]:
     """Further Ctrl-C wait: what was started must be stopped."""
-    before = signal.signal(signal.SIGINT, signal.SIG_IGN)
+    before = {each: signal.signal(each, signal.SIG_IGN) for each in (signal.SIGINT, signal.SIGTERM, signal.SIGHUP)}
     try:
         yield
     finally:
-        signal.signal(signal.SIGINT, before)
+        for each, handler in before.items():
+            signal.signal(each, handler)
 
 
 def questions() -> list[str]:
@@ -130,10 +130,18 @@ def main() -> int:
             return code
 
 
+def interrupt(number: int, frame: object) -> None:
+    """Ends the demo as Ctrl-C does."""
+    raise KeyboardInterrupt
+
+
 if __name__ == "__main__":
-    os.environ.setdefault("PYTHONUNBUFFERED", "1")
+    for ending in (signal.SIGTERM, signal.SIGHUP):
+        signal.signal(ending, interrupt)
     try:
-        sys.exit(main())
+        code = main()
     except KeyboardInterrupt:
-        print("\nstopped; nothing is left running")
-        sys.exit(130)
+        code = 130
+    if code == 130:
+        print("stopped; nothing is left running")
+    sys.exit(code)
