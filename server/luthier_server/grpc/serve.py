@@ -25,6 +25,9 @@ _OPTIONS = (
     ("grpc.http2.min_ping_interval_without_data_ms", 10_000),
     ("grpc.http2.ping_timeout_ms", 20_000),
     ("grpc.server_handshake_timeout_ms", 10_000),
+    # Bursts wait; with gRPC's own limits some calls of a few thousand at once are cancelled at random.
+    ("grpc.server.max_pending_requests", 20_000),
+    ("grpc.server.max_pending_requests_hard_limit", 40_000),
 )
 
 
