@@ -41,6 +41,7 @@ def example_score() -> ModuleType:
 def luthierd(data_dir: Path) -> Iterator[str]:
     """A luthierd on a free port of this machine; yields its address, and leaves no process behind."""
     command = [sys.executable, "-m", "luthier_server.main", "--listen", "127.0.0.1:0", "--data-dir", str(data_dir)]
+    command.append("--stop-trainers")  # trainers would outlive it
     with open(data_dir / "luthierd.log", "wb") as log:
         # A session of its own: Ctrl-C reaches this program alone, which then stops the daemon in order.
         server = subprocess.Popen(command, stdin=subprocess.DEVNULL, stdout=log, stderr=log, start_new_session=True)

@@ -46,6 +46,8 @@ class Daemon:
     flags: Sequence[str] = ()
     limit_file_kib: int = 0
     environment: dict[str, str] = field(default_factory=dict)
+    credentials: grpc.ChannelCredentials | None = None
+    channel_options: Sequence[tuple[str, Any]] = ()
 
     def start(self) -> "Daemon":
         """Starts it and waits until it serves."""
@@ -63,7 +65,11 @@ class Daemon:
         until(lambda: address.exists() or self.process.poll() is not None, what="the address of luthierd")
         assert self.process.poll() is None, self.log()
         self.address = address.read_text()
-        self.channel = grpc.insecure_channel(self.address)
+        self.channel = (
+            grpc.secure_channel(self.address, self.credentials, self.channel_options)
+            if self.credentials is not None
+            else grpc.insecure_channel(self.address)
+        )
         grpc.channel_ready_future(self.channel).result(timeout=10)
         self.fine_tuning = fine_tuning_pb2_grpc.FineTuningStub(self.channel)
         self.datasets = datasets_pb2_grpc.DatasetsStub(self.channel)

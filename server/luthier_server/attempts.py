@@ -15,7 +15,19 @@ from luthier.v1.job_pb2 import JobError, JobState, Progress
 from luthier_server.change import PAYLOADS, Change
 from luthier_server.hub import Hub
 from luthier_server.ids import Ids
-from luthier_server.job import CANCELLED, CANCELLING, FAILED, PREPARING, QUEUED, RUNNING, SUCCEEDED, Job
+from luthier_server.job import (
+    CANCELLED,
+    CANCELLING,
+    FAILED,
+    PAUSED,
+    PAUSING,
+    PREPARING,
+    QUEUED,
+    RUNNING,
+    STORAGE_FULL,
+    SUCCEEDED,
+    Job,
+)
 from luthier_server.jobs import Jobs, microseconds
 from luthier_server.store import jobs as rows
 from luthier_server.store import models as model_rows
@@ -24,6 +36,7 @@ from luthier_server.store.jobs import Attempt, Checkpoint
 
 log = structlog.get_logger()
 _LAST = frozenset({"finished", "failed", "stopped"})
+_LONGEST_WAIT = 300.0
 
 
 @dataclass(frozen=True, slots=True)
@@ -34,6 +47,7 @@ class Ending:
     lost_message: str
     log_lines: Sequence[str] = ()
     requeue: bool = False
+    storage_full: bool = False
 
 
 class Attempts:
@@ -45,24 +59,41 @@ class Attempts:
         hub: Hub,
         jobs: Jobs,
         model_ids: Ids,
+        *,
+        retry_seconds: float = 5,
         clock: Callable[[], int] = microseconds,
     ) -> None:
         self._database = database
         self._hub = hub
         self._jobs = jobs
         self._model_ids = model_ids
+        self._retry_seconds = retry_seconds
         self._clock = clock
 
     async def next_queued(self) -> str | None:
-        """The job that waited longest, or None."""
+        """The job that waited longest, or None.
+
+        A retry further off than any is ever set was set by a clock that ran ahead: it is due.
+        """
+        now = self._clock()
         found = await self._database.read(
-            "SELECT id FROM jobs WHERE tenant = ? AND state = ? ORDER BY id LIMIT 1", ("default", QUEUED)
+            "SELECT id FROM jobs WHERE tenant = ? AND state = ? AND (retry_time <= ? OR retry_time > ?)"
+            " ORDER BY id LIMIT 1",
+            ("default", QUEUED, now, now + int(_LONGEST_WAIT * 1_000_000)),
         )
         return found[0]["id"] if found else None
 
-    async def begin(self, job_id: str) -> tuple[Job, Attempt] | None:
+    async def next_retry(self) -> float | None:
+        """Seconds until a job that waits may be tried again; None when none does."""
+        [row] = await self._database.read(
+            "SELECT min(retry_time) AS retry_time FROM jobs WHERE tenant = ? AND state = ? AND retry_time > ?",
+            ("default", QUEUED, self._clock()),
+        )
+        return None if row["retry_time"] is None else (row["retry_time"] - self._clock()) / 1_000_000
+
+    async def begin(self, job_id: str, slot: int) -> tuple[Job, Attempt] | None:
         """Gives a queued job its next attempt and makes it PREPARING; None when it does not wait any more."""
-        resume = await self._jobs.resume_point("default", job_id)
+        points = await self._jobs.resume_points("default", job_id)
 
         async def work(transaction: Transaction) -> tuple[Job, Attempt] | None:
             job = await rows.load(transaction, job_id)
@@ -76,10 +107,11 @@ class Attempts:
                 spool_offset=0,
                 reports=0,
                 reason="FIRST" if job.attempt == 0 else await _last_reason(transaction, job),
-                resume_from=resume.directory if resume else "",
+                resume_from=points[0].directory if points else "",
                 model_id=self._model_ids.new("model"),
                 pid=0,
                 outcome=b"",
+                slot=slot,
                 end_time=0,
             )
             await rows.insert_attempt(transaction, attempt, job.tenant, change.now)
@@ -107,7 +139,7 @@ class Attempts:
                     raise AssertionError(f"{job.id}: report {report.sequence} came twice")
                 after = _take(change, dataclasses.replace(after, reports=report.sequence), report, checkpoints)
             await rows.save_attempt(transaction, after)
-            await rows.insert_checkpoints(transaction, job.tenant, checkpoints, change.now)
+            await rows.insert_checkpoints(transaction, job.tenant, checkpoints)
             await change.commit(transaction, self._hub, self._jobs.changed.set)
             return after
 
@@ -136,14 +168,18 @@ class Attempts:
         kind = outcome.WhichOneof("payload")
         if kind == "finished":
             await self._succeed(transaction, change, attempt, outcome)
-        elif kind == "failed":
+        elif job.state == CANCELLING and kind != "failed":
+            change.move(CANCELLED, "CANCEL_REQUESTED")
+        elif kind == "failed" and outcome.failed.error.reason != STORAGE_FULL:
             error = outcome.failed.error
-            if job.state != CANCELLING and outcome.failed.retryable and _may_retry(job):
+            if job.state in (PREPARING, RUNNING) and outcome.failed.retryable and _may_retry(job):
                 self._retry(change, error.reason, error.message)
             else:
                 change.move(FAILED, error.reason, error.message, error=error)
-        elif job.state == CANCELLING:
-            change.move(CANCELLED, "CANCEL_REQUESTED")
+        elif kind == "failed" or ending.storage_full:
+            self._rest(change, STORAGE_FULL, "the disk is full: goes on by itself when there is room")
+        elif job.state == PAUSING:
+            self._rest(change, "PAUSE_REQUESTED", "")
         elif kind == "stopped" or ending.requeue:
             change.move(QUEUED, ending.lost_reason, ending.lost_message)
         elif _may_retry(job):
@@ -152,16 +188,27 @@ class Attempts:
             error = JobError(
                 reason=ending.lost_reason,
                 message=ending.lost_message,
-                hint="see the log lines; set max_retries to try again from the newest checkpoint",
+                hint="see the log lines; it can be gone on from its newest checkpoint with fine_tune.resume_from",
                 log_lines=ending.log_lines,
             )
             change.move(FAILED, error.reason, error.message, error=error)
 
+    def _rest(self, change: Change, reason: str, message: str) -> None:
+        """PAUSED, or CANCELLED for a job that was to be cancelled."""
+        if change.job.state == CANCELLING:
+            change.move(CANCELLED, "CANCEL_REQUESTED")
+            return
+        if change.job.state != PAUSING:
+            change.move(PAUSING, reason, message)
+        change.move(PAUSED, reason, message)
+        change.set(pause_reason=reason)
+
     def _retry(self, change: Change, reason: str, message: str) -> None:
         retries = change.job.retries + 1
-        change.set(retries=retries)
+        wait = min(self._retry_seconds * 2 ** (retries - 1), _LONGEST_WAIT)
+        change.set(retries=retries, retry_time=change.now + int(wait * 1_000_000))
         allowed = change.job.resolved_spec.max_retries
-        change.move(QUEUED, reason, f"{message} (retry {retries} of {allowed})")
+        change.move(QUEUED, reason, f"{message} (retry {retries} of {allowed}, not before {wait:.0f} s from now)")
 
     async def _succeed(
         self, transaction: Transaction, change: Change, attempt: Attempt, outcome: TrainerReport
@@ -231,7 +278,7 @@ def _take(change: Change, attempt: Attempt, report: TrainerReport, checkpoints: 
         change.set(progress=_progress(payload, change.job))
     elif isinstance(payload, CheckpointSaved):
         checkpoints.append(
-            Checkpoint(change.job.id, payload.step, attempt.number, payload.directory, payload.size_bytes)
+            Checkpoint(change.job.id, payload.step, attempt.number, payload.directory, payload.size_bytes, change.now)
         )
     change.emit(payload, time=report.time)
     return attempt

@@ -10,7 +10,7 @@ from google.protobuf.timestamp_pb2 import Timestamp
 from luthier.v1.event_pb2 import JobEvent, StateChanged
 from luthier.v1.job_pb2 import JobError, JobState
 from luthier_server.hub import Hub
-from luthier_server.job import QUEUED, TERMINAL, Job, check_transition
+from luthier_server.job import PAUSED, QUEUED, TERMINAL, Job, check_transition
 from luthier_server.store import events, jobs
 from luthier_server.store.database import Transaction
 
@@ -70,6 +70,10 @@ class Change:
             self.set(error=error)
         self.emit(moved)
         self.set(state=state, model_id=model_id or self.job.model_id)
+        if state != PAUSED:
+            self.set(pause_reason="")
+        if state != QUEUED:
+            self.set(retry_time=0)
         if state in TERMINAL:
             self.set(end_time=self.now)
 

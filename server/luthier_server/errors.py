@@ -16,6 +16,8 @@ LuthierError
 +-- Unavailable              try again
 |   +-- StoreBusy
 |   +-- Draining
++-- Unauthenticated          no token where one is needed
+|   +-- BadToken             one that opens nothing
 +-- StoreCorrupt             the database is damaged
 """
 
@@ -174,6 +176,18 @@ class Draining(Unavailable):
 
     def __init__(self) -> None:
         super().__init__("the server is stopping: try again in a moment", retry_seconds=1)
+
+
+class Unauthenticated(LuthierError):
+    """Who asks has not shown a token."""
+
+    reason = "UNAUTHENTICATED"
+
+
+class BadToken(Unauthenticated):
+    """The token is none of this server's."""
+
+    reason = "BAD_TOKEN"
 
 
 class StoreCorrupt(LuthierError):

@@ -11,6 +11,7 @@ class Topic:
     def __init__(self) -> None:
         self.head = 0
         self.terminal = False
+        self.deleted = False
         self.watchers = 0
         self._changed: asyncio.Future[None] = asyncio.get_running_loop().create_future()
 
@@ -60,6 +61,12 @@ class Hub:
         """The job's log is committed up to `head`."""
         if topic := self._topics.get(job_id):
             topic.announce(head, terminal)
+
+    def delete(self, job_id: str) -> None:
+        """The job is gone: its watches end."""
+        if topic := self._topics.get(job_id):
+            topic.deleted = True
+            topic.wake()
 
     def drain(self) -> None:
         """Every watch ends: the server is stopping."""

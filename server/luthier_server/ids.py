@@ -1,8 +1,9 @@
 """Ids that sort by time: a prefix and a ULID (https://github.com/ulid/spec), never below the last one handed out."""
 
 import os
-import time
 from collections.abc import Callable
+
+from luthier_server import failpoints
 
 _ALPHABET = "0123456789ABCDEFGHJKMNPQRSTVWXYZ"
 _LENGTH = 26
@@ -26,7 +27,7 @@ def _decode(text: str) -> int:
 class Ids:
     """Hands out ids that grow, also when the clock jumps back or two fall into one millisecond."""
 
-    def __init__(self, last: str = "", clock: Callable[[], float] = time.time) -> None:
+    def __init__(self, last: str = "", clock: Callable[[], float] = failpoints.wall_clock) -> None:
         """`last` is the newest id that the store holds, with or without its prefix."""
         self._last = _decode(last.rpartition("_")[2]) if last else 0
         self._clock = clock

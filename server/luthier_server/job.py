@@ -20,6 +20,9 @@ TERMINAL = frozenset({SUCCEEDED, FAILED, CANCELLED})
 ACTIVE = frozenset({PREPARING, RUNNING, PAUSING, CANCELLING})
 AT_REST = TERMINAL | {PAUSED}
 
+STORAGE_FULL = "STORAGE_FULL"
+"""Why a job is paused that resumes by itself once the disk has room."""
+
 TRANSITIONS: Mapping[JobState.ValueType, frozenset[JobState.ValueType]] = {
     JobState.JOB_STATE_UNSPECIFIED: frozenset({VALIDATING, QUEUED}),
     VALIDATING: frozenset({QUEUED, CANCELLED, FAILED}),
@@ -63,6 +66,9 @@ class Job:
     create_time: int
     start_time: int
     end_time: int
+    retry_time: int = 0
+    pause_reason: str = ""
+    compacted_sequence: int = 0
 
     @property
     def terminal(self) -> bool:

@@ -3,14 +3,16 @@
 import asyncio
 import dataclasses
 import hashlib
+import os
+import shutil
 import sqlite3
-import time
 from collections.abc import Callable, Mapping, Sequence
 from pathlib import Path
 
 import structlog
 
 from luthier.v1.job_pb2 import JobError, JobSpec, JobState, Progress
+from luthier_server import failpoints
 from luthier_server import spec as specs
 from luthier_server.change import Change
 from luthier_server.datasets import Datasets
@@ -19,10 +21,12 @@ from luthier_server.hub import Hub
 from luthier_server.ids import Ids
 from luthier_server.job import (
     ACTIVE,
+    AT_REST,
     CANCELLED,
     CANCELLING,
+    PAUSED,
+    PAUSING,
     QUEUED,
-    TERMINAL,
     Job,
 )
 from luthier_server.registry import Registry
@@ -37,7 +41,7 @@ _LAST = frozenset({"finished", "failed", "stopped"})
 
 def microseconds() -> int:
     """Now, in microseconds since the epoch."""
-    return time.time_ns() // 1000
+    return int(failpoints.wall_clock() * 1_000_000)
 
 
 class Jobs:
@@ -84,6 +88,7 @@ class Jobs:
             return _same_request(*earlier, body, request_id)
         specs.refuse(list(specs.cross_violations(spec)))
         resolved, dataset_ids = await self._resolve(tenant, spec)
+        source = await self._origin(tenant, resolved)
         now = self._clock()
         job = Job(
             id="" if validate_only else self._job_ids.new("job"),
@@ -103,6 +108,7 @@ class Jobs:
         )
         if validate_only:
             return dataclasses.replace(job, state=QUEUED)
+        origin = await self._take_origin(job, source) if source else []
 
         async def work(transaction: Transaction) -> Job:
             [count] = await transaction.fetch(
@@ -115,7 +121,10 @@ class Jobs:
                     reason="QUEUE_FULL",
                     retry_seconds=30,
                 )
+            if request_id and (buried := await rows.tombstone(transaction, tenant, request_id)):
+                _refuse_buried(*buried, body, request_id)
             await rows.insert(transaction, job, request_id, body)
+            await rows.insert_checkpoints(transaction, tenant, origin)
             for dataset_id in dataset_ids:
                 if not await dataset_rows.present(transaction, tenant, dataset_id):
                     raise NotFound("dataset", dataset_id)
@@ -127,6 +136,7 @@ class Jobs:
         try:
             return await self._database.write(work)
         except sqlite3.IntegrityError:
+            await asyncio.to_thread(shutil.rmtree, self._jobs_dir / job.id, ignore_errors=True)
             earlier = await self._rows.by_request(tenant, request_id)
             if earlier is None:
                 raise
@@ -163,6 +173,32 @@ class Jobs:
         if validation is not None:
             resolved.fine_tune.validation_dataset = validation.id
         return resolved, [each.id for each in found]
+
+    async def _origin(self, tenant: str, resolved: JobSpec) -> Checkpoint | None:
+        """The checkpoint that a new job goes on from, or None. Raises InvalidArgument where the job would differ."""
+        task = resolved.fine_tune
+        if not task.resume_from:
+            return None
+        job_id, _, step = task.resume_from.partition(":step-")
+        before = (await self.get(tenant, job_id)).resolved_spec.fine_tune
+        directory = await self.checkpoint_dir(tenant, job_id, int(step))
+        specs.refuse(
+            [
+                Violation(f"spec.fine_tune.{field}", f"must be as in {job_id}, whose checkpoint is gone on from")
+                for field in ("base_model", "base_model_revision", "training_dataset", "lora", "full")
+                if getattr(before, field) != getattr(task, field)
+            ]
+        )
+        known = await self._rows.checkpoints(tenant, job_id)
+        return next(each for each in known if each.directory == directory.name)
+
+    async def _take_origin(self, job: Job, source: Checkpoint) -> list[Checkpoint]:
+        """Links another job's checkpoint into the new job, as of attempt 0, so that it outlives the other job."""
+        name = f"{source.step:06d}-a0"
+        there = self._jobs_dir / source.job_id / "checkpoints" / source.directory
+        here = self._jobs_dir / job.id / "checkpoints" / name
+        await asyncio.to_thread(shutil.copytree, there, here, copy_function=_link)
+        return [Checkpoint(job.id, source.step, 0, name, source.size_bytes, job.create_time)]
 
     async def get(self, tenant: str, job_id: str) -> Job:
         """The job. Raises NotFound."""
@@ -202,45 +238,122 @@ class Jobs:
         there = sorted({each.step for each in known if self._kept(each)})
         raise NotFound("checkpoint", name, f"the job has steps {', '.join(map(str, there)) or 'none'}")
 
-    async def resume_point(self, tenant: str, job_id: str) -> Checkpoint | None:
-        """The newest checkpoint that is on disk, or None."""
-        for each in await self._rows.checkpoints(tenant, job_id):
-            if self._kept(each):
-                return each
-        return None
+    async def checkpoints(self, tenant: str, job_id: str) -> list[Checkpoint]:
+        """The checkpoints on disk, newest first: by attempt, then by step. Raises NotFound."""
+        await self.get(tenant, job_id)
+        return await self.resume_points(tenant, job_id)
+
+    async def resume_points(self, tenant: str, job_id: str) -> list[Checkpoint]:
+        """Where a job's next attempt may go on from, best first."""
+        return [each for each in await self._rows.checkpoints(tenant, job_id) if self._kept(each)]
 
     def _kept(self, checkpoint: Checkpoint) -> bool:
         return (self._jobs_dir / checkpoint.job_id / "checkpoints" / checkpoint.directory).is_dir()
 
     async def cancel(self, tenant: str, job_id: str) -> Job:
-        """Asks a job to stop; one that only waits is CANCELLED at once.
+        """Asks a job to stop; one that no trainer works on is CANCELLED at once.
 
         Raises NotFound, and FailedPrecondition for a job that succeeded or failed.
+        """
+
+        def decide(change: Change) -> None:
+            if change.job.state in (CANCELLED, CANCELLING):
+                return
+            _refuse_ended(change.job, "cancelled")
+            if change.job.state in ACTIVE:
+                change.move(CANCELLING, "CANCEL_REQUESTED", "the trainer saves a checkpoint and leaves")
+            else:
+                change.move(CANCELLED, "CANCEL_REQUESTED")
+
+        return await self._decide(tenant, job_id, decide)
+
+    async def pause(self, tenant: str, job_id: str) -> Job:
+        """Asks a job to rest; one that no trainer works on is PAUSED at once.
+
+        Raises NotFound, and FailedPrecondition for a job that has ended or is being cancelled.
+        """
+
+        def decide(change: Change) -> None:
+            if change.job.state in (PAUSING, PAUSED):
+                change.set(pause_reason="PAUSE_REQUESTED" if change.job.state == PAUSED else "")
+                return
+            _refuse_ended(change.job, "paused")
+            if change.job.state == CANCELLING:
+                raise FailedPrecondition(f"job '{job_id}' is being cancelled", subject=job_id, reason="JOB_CANCELLING")
+            if change.job.state in ACTIVE:
+                change.move(PAUSING, "PAUSE_REQUESTED", "the trainer saves a checkpoint and leaves")
+            else:
+                change.move(PAUSED, "PAUSE_REQUESTED")
+                change.set(pause_reason="PAUSE_REQUESTED")
+
+        return await self._decide(tenant, job_id, decide)
+
+    async def resume(self, tenant: str, job_id: str, reason: str = "RESUME_REQUESTED") -> Job:
+        """Queues a paused job again. A job that waits or runs already stays as it is.
+
+        Raises NotFound, and FailedPrecondition for a job that has ended or is on its way to rest.
+        """
+
+        def decide(change: Change) -> None:
+            if change.job.state == PAUSED:
+                change.move(QUEUED, reason, "waits for a free slot")
+                return
+            _refuse_ended(change.job, "resumed")
+            if change.job.state in (PAUSING, CANCELLING):
+                raise FailedPrecondition(
+                    f"job '{job_id}' is not at rest yet: try again when its trainer has left",
+                    subject=job_id,
+                    reason="JOB_NOT_AT_REST",
+                )
+
+        return await self._decide(tenant, job_id, decide)
+
+    async def _decide(self, tenant: str, job_id: str, decide: Callable[[Change], None]) -> Job:
+        async def work(transaction: Transaction) -> Job:
+            job = await rows.load(transaction, job_id)
+            if job is None or job.tenant != tenant:
+                raise NotFound("job", job_id)
+            change = Change(job, self._clock())
+            decide(change)
+            if change.job == job:
+                return job
+            transaction.after_commit(self.changed.set)
+            return await change.commit(transaction, self._hub, self.changed.set)
+
+        return await self._database.write(work)
+
+    async def delete(self, tenant: str, job_id: str) -> Job:
+        """Deletes a job at rest: its events, spools and checkpoints. Its model stays; its watches end NOT_FOUND.
+
+        Raises NotFound, and FailedPrecondition while a trainer works on it or it waits for one.
         """
 
         async def work(transaction: Transaction) -> Job:
             job = await rows.load(transaction, job_id)
             if job is None or job.tenant != tenant:
                 raise NotFound("job", job_id)
-            if job.state in (CANCELLED, CANCELLING):
-                return job
-            if job.state in TERMINAL:
-                name = JobState.Name(job.state).removeprefix("JOB_STATE_")
+            if job.state not in AT_REST:
                 raise FailedPrecondition(
-                    f"job '{job_id}' has {name.lower()} and cannot be cancelled",
-                    subject=job_id,
-                    reason="JOB_ENDED",
-                    metadata={"state": name},
+                    f"job '{job_id}' is not at rest: cancel or pause it first", subject=job_id, reason="JOB_NOT_AT_REST"
                 )
-            change = Change(job, self._clock())
-            if job.state in ACTIVE:
-                change.move(CANCELLING, "CANCEL_REQUESTED", "the trainer saves a checkpoint and leaves")
-            else:
-                change.move(CANCELLED, "CANCEL_REQUESTED")
-            transaction.after_commit(self.changed.set)
-            return await change.commit(transaction, self._hub, self.changed.set)
+            await rows.bury(transaction, job, self._clock())
+            transaction.after_commit(lambda: self._hub.delete(job_id))
+            return job
 
-        return await self._database.write(work)
+        job = await self._database.write(work)
+        await asyncio.to_thread(shutil.rmtree, self._jobs_dir / job_id, ignore_errors=True)
+        return job
+
+
+def _refuse_ended(job: Job, verb: str) -> None:
+    if job.terminal:
+        name = JobState.Name(job.state).removeprefix("JOB_STATE_")
+        raise FailedPrecondition(
+            f"job '{job.id}' has {name.lower()} and cannot be {verb}".replace("has cancelled", "was cancelled"),
+            subject=job.id,
+            reason="JOB_ENDED",
+            metadata={"state": name},
+        )
 
 
 def _same_request(job: Job, body_then: str, body: str, request_id: str) -> Job:
@@ -252,3 +365,25 @@ def _same_request(job: Job, body_then: str, body: str, request_id: str) -> Job:
             reason="REQUEST_ID_REUSED",
         )
     return job
+
+
+def _refuse_buried(job_id: str, body_then: str, body: str, request_id: str) -> None:
+    if body_then == body:
+        raise FailedPrecondition(
+            f"request_id {request_id} made job '{job_id}', which was deleted: send a new one",
+            subject=job_id,
+            reason="JOB_DELETED",
+        )
+    raise AlreadyExists(
+        f"request_id {request_id} was used for another spec: send a new one",
+        kind="request_id",
+        name=request_id,
+        reason="REQUEST_ID_REUSED",
+    )
+
+
+def _link(source: str, target: str) -> None:
+    try:
+        os.link(source, target)
+    except OSError:
+        shutil.copy2(source, target)

@@ -8,7 +8,7 @@ import os
 import signal
 import socket
 import sys
-from collections.abc import AsyncIterator, Iterator, Sequence
+from collections.abc import AsyncIterator, Callable, Iterator, Sequence
 from pathlib import Path
 
 import structlog
@@ -17,13 +17,15 @@ from google.protobuf import json_format
 from luthier.trainer.attempt import replace_file, socket_path
 from luthier.trainer.v1.task_pb2 import Puppet
 from luthier.v1 import datasets_pb2, fine_tuning_pb2, models_pb2
-from luthier_server import __version__, logs, settings
+from luthier_server import __version__, backup, doctor, failpoints, logs, settings
 from luthier_server.attempts import Attempts
 from luthier_server.datasets import Datasets
 from luthier_server.errors import LuthierError
 from luthier_server.executors.local import LocalExecutor, LocalSettings
+from luthier_server.grpc.certificate import Certificate, CertificateError
 from luthier_server.grpc.serve import AddressError, GrpcServer
 from luthier_server.grpc.service import DatasetService, FineTuning, ModelService
+from luthier_server.grpc.tokens import TokenFileError, Tokens
 from luthier_server.grpc.watch import Watch, WatchLimits
 from luthier_server.hub import Hub
 from luthier_server.ids import Ids
@@ -37,10 +39,17 @@ from luthier_server.settings import Settings, SettingsError
 from luthier_server.store.database import Database
 from luthier_server.store.events import Events
 from luthier_server.store.jobs import Jobs as JobRows
+from luthier_server.upkeep import Upkeep, UpkeepSettings
 from luthier_server.workers import Workers
 
 log = structlog.get_logger()
 _STOP_SECONDS = 5
+# Every id that was handed out and is still known: also those of deleted jobs, and of models that are yet to be made.
+_GIVEN_IDS = (
+    "SELECT id FROM jobs UNION ALL SELECT job_id FROM tombstones UNION ALL SELECT job_id FROM models",
+    "SELECT id FROM datasets UNION ALL SELECT dataset_id FROM job_datasets",
+    "SELECT id FROM models UNION ALL SELECT model_id FROM attempts",
+)
 
 
 class DataDirInUse(Exception):
@@ -118,7 +127,13 @@ class Daemon:
             max_queued=chosen.max_queued,
         )
         self.executor = LocalExecutor(
-            LocalSettings(data_dir, chosen.trainer_python, chosen.warmed, own_host=not chosen.external_host)
+            LocalSettings(
+                data_dir,
+                chosen.trainer_python,
+                chosen.warmed,
+                own_host=not chosen.external_host,
+                end_host=chosen.stop_trainers,
+            )
         )
         self.scheduler = Scheduler(
             SchedulerSettings(
@@ -133,11 +148,16 @@ class Daemon:
                 puppet=json_format.Parse(chosen.puppet, Puppet()) if chosen.puppet else None,
             ),
             self.jobs,
-            Attempts(database, self.hub, self.jobs, Ids(last_ids[2])),
+            Attempts(database, self.hub, self.jobs, Ids(last_ids[2]), retry_seconds=chosen.retry_seconds),
             datasets,
             registry,
             self.executor,
             Secrets(chosen.secrets_dir),
+        )
+        self.upkeep = Upkeep(
+            UpkeepSettings(data_dir, retention_days=chosen.retention_days, free_bytes=chosen.free_bytes),
+            database,
+            self.jobs,
         )
         limits = WatchLimits(
             heartbeat=chosen.heartbeat_seconds,
@@ -150,7 +170,9 @@ class Daemon:
                 fine_tuning_pb2.DESCRIPTOR.services_by_name["FineTuning"]: FineTuning(self.jobs, watch, history_id),
                 datasets_pb2.DESCRIPTOR.services_by_name["Datasets"]: DatasetService(datasets),
                 models_pb2.DESCRIPTOR.services_by_name["Models"]: ModelService(registry, self.jobs),
-            }
+            },
+            tokens=Tokens(chosen.token_file) if chosen.token_file else None,
+            certificate=Certificate(chosen.tls_cert, chosen.tls_key) if chosen.tls_cert and chosen.tls_key else None,
         )
 
 
@@ -162,8 +184,7 @@ async def _daemon(chosen: Settings) -> AsyncIterator[Daemon]:
     try:
         [history] = await database.read("SELECT value FROM meta WHERE key = 'history_id'")
         last_ids = [
-            (await database.read(f"SELECT coalesce(max(id), '') AS id FROM {table}"))[0]["id"]
-            for table in ("jobs", "datasets", "models")
+            (await database.read(f"SELECT coalesce(max(id), '') AS id FROM ({given})"))[0]["id"] for given in _GIVEN_IDS
         ]
         daemon = Daemon(chosen, database, history["value"], last_ids)
         try:
@@ -174,7 +195,8 @@ async def _daemon(chosen: Settings) -> AsyncIterator[Daemon]:
         await database.close()
 
 
-async def _run(chosen: Settings) -> None:
+async def _run(chosen: Settings) -> int:
+    """Serves until it is told to stop: 0, or 1 when a part of the server ended by itself."""
     stop = asyncio.Event()
     loop = asyncio.get_running_loop()
     for number in (signal.SIGINT, signal.SIGTERM):
@@ -182,27 +204,39 @@ async def _run(chosen: Settings) -> None:
     async with _daemon(chosen) as daemon, _wake_ups(daemon.wake_socket, daemon.scheduler):
         await daemon.executor.prepare()
         await daemon.scheduler.recover(await JobRows(daemon.database).open_attempts())
+        await failpoints.reach("before_serving")
         port = await daemon.server.start(chosen.listen)
         host = chosen.listen.rpartition(":")[0]
         address = chosen.listen if host == "unix" else f"{host}:{port}"
         replace_file(chosen.data_dir / "address", address.encode())
-        log.info("serving", address=address, data_dir=str(chosen.data_dir), version=__version__)
+        log.info(
+            "serving",
+            address=address,
+            data_dir=str(chosen.data_dir),
+            version=__version__,
+            tls=chosen.tls_cert is not None,
+            tokens=chosen.token_file is not None,
+        )
         scheduling = asyncio.create_task(daemon.scheduler.run(), name="scheduler")
+        upkeep = asyncio.create_task(daemon.upkeep.run(), name="upkeep")
         stopping = asyncio.create_task(stop.wait(), name="stop")
-        await asyncio.wait((scheduling, stopping), return_when=asyncio.FIRST_COMPLETED)
-        if scheduling.done():
-            log.error("the scheduler ended", error=repr(scheduling.exception()))
-        await _leave(daemon, scheduling)
+        await asyncio.wait((scheduling, upkeep, stopping), return_when=asyncio.FIRST_COMPLETED)
+        broken = [part for part in (scheduling, upkeep) if part.done()]
+        for part in broken:
+            log.error("a part of the server ended", part=part.get_name(), error=repr(part.exception()))
+        await _leave(daemon, scheduling, stop_trainers=chosen.stop_trainers)
+        upkeep.cancel()
         stopping.cancel()
+    return 1 if broken else 0
 
 
-async def _leave(daemon: Daemon, scheduling: "asyncio.Task[None]") -> None:
-    """Refuse, end the watches, stop the trainers, stop serving; the database is flushed and closed after."""
+async def _leave(daemon: Daemon, scheduling: "asyncio.Task[None]", *, stop_trainers: bool) -> None:
+    """Refuse, end the watches, leave the trainers to the next server, stop serving; the database is closed after."""
     log.info("stopping")
     daemon.server.health.set(False)
     daemon.jobs.refuse_new()
     daemon.hub.drain()
-    if not scheduling.done():
+    if stop_trainers and not scheduling.done():
         await daemon.scheduler.stop()
     await daemon.server.stop(_STOP_SECONDS)
     scheduling.cancel()
@@ -213,24 +247,18 @@ async def _leave(daemon: Daemon, scheduling: "asyncio.Task[None]") -> None:
 
 def _health(arguments: Sequence[str]) -> int:
     """`luthierd health`: 0 when the server of these settings serves."""
-    import grpc
-    from grpc_health.v1 import health_pb2
+    from luthier_server import probe
 
-    address = settings.read(arguments, os.environ).listen
-    with grpc.insecure_channel(address) as channel:
-        check = channel.unary_unary(
-            "/grpc.health.v1.Health/Check",
-            request_serializer=health_pb2.HealthCheckRequest.SerializeToString,
-            response_deserializer=health_pb2.HealthCheckResponse.FromString,
-        )
-        try:
-            answer = check(health_pb2.HealthCheckRequest(), timeout=3)
-        except grpc.RpcError as error:
-            sys.stderr.write(f"{address}: {error.code().name}\n")
-            return 1
-    status = health_pb2.HealthCheckResponse.ServingStatus.Name(answer.status)
-    sys.stdout.write(f"{address}: {status}\n")
-    return 0 if answer.status == health_pb2.HealthCheckResponse.SERVING else 1
+    return probe.health(settings.read(arguments, os.environ))
+
+
+_UNUSABLE = (AddressError, CertificateError, TokenFileError)
+_COMMANDS: dict[str, Callable[[Sequence[str]], int]] = {
+    "health": _health,
+    "backup": backup.backup_command,
+    "restore": backup.restore_command,
+    "doctor": doctor.command,
+}
 
 
 def main() -> None:
@@ -240,13 +268,15 @@ def main() -> None:
         sys.stdout.write(f"luthierd {__version__}\n")
         return
     try:
-        if arguments[:1] == ["health"]:
-            raise SystemExit(_health(arguments[1:]))
+        if arguments and arguments[0] in _COMMANDS:
+            raise SystemExit(_COMMANDS[arguments[0]](arguments[1:]))
         chosen = settings.read(arguments[1:] if arguments[:1] == ["serve"] else arguments, os.environ)
         logs.configure(chosen.log_level)
         with _own(chosen.data_dir):
-            asyncio.run(_run(chosen))
-    except (SettingsError, DataDirInUse, AddressError, LuthierError) as error:
+            code = asyncio.run(_run(chosen))
+        if code:
+            raise SystemExit(code)
+    except (SettingsError, backup.BackupError, DataDirInUse, *_UNUSABLE, LuthierError) as error:
         sys.stderr.write(f"luthierd: {error}\n")
         raise SystemExit(2) from None
 

@@ -6,6 +6,7 @@ doing so, so two trainers of one job can never write.
 
 import asyncio
 import contextlib
+import errno
 import os
 import signal
 import time
@@ -18,6 +19,7 @@ import structlog
 from luthier.trainer import attempt as files
 from luthier.trainer.v1.report_pb2 import TrainerReport
 from luthier.trainer.v1.task_pb2 import ControlAction, TrainerControl, TrainerExit, TrainerTask
+from luthier_server import failpoints
 from luthier_server.attempts import Attempts, Ending
 from luthier_server.errors import StorageFull, StoreBusy
 from luthier_server.executors.base import Executor, ExecutorError
@@ -54,6 +56,7 @@ class Runner:
         self._action = ControlAction.CONTROL_ACTION_UNSPECIFIED
         self._kill_at = float("inf")
         self._killed_for = ""
+        self._not_started = ""
         self._heard = time.monotonic()
         self._log = log.bind(job_id=attempt.job_id, attempt=attempt.number)
 
@@ -66,18 +69,27 @@ class Runner:
         try:
             self.directory.mkdir(parents=True, exist_ok=True)
             files.replace_file(self.directory / files.TASK, task.SerializeToString())
-            await self._executor.start(self.directory, secrets)
-        except (ExecutorError, OSError) as error:
-            self._log.error("trainer not started", error=str(error))
-            await self._settle(Ending("WORKER_NOT_STARTED", f"the trainer could not be started: {error}"))
+        except OSError as error:
+            self._log.error("task not written", error=str(error))
+            full = error.errno in (errno.ENOSPC, errno.EDQUOT, errno.EFBIG)
+            await self._settle(
+                Ending("WORKER_NOT_STARTED", f"the trainer could not be started: {error}", storage_full=full)
+            )
             return
+        try:
+            await failpoints.reach("after_insert_attempt_before_start")
+            await self._executor.start(self.directory, secrets)
+            await failpoints.reach("after_start_before_follow")
+        except (ExecutorError, OSError) as error:
+            # The host may have forked before it fell silent: a trainer that lives is followed, one that comes late
+            # sees the end and leaves, and only a free lock says that there is none.
+            self._log.error("trainer not started", error=str(error))
+            self._not_started = str(error)
+            self.mark_gone()
         await self.follow()
 
-    async def follow(self, *, requeue: bool = False) -> None:
-        """Reads the spool of a trainer that was started until its process is gone, then settles the attempt.
-
-        `requeue`: a trainer that is lost now was lost with the server, and costs the job no retry.
-        """
+    async def follow(self) -> None:
+        """Reads the spool of a trainer that was started until its process is gone, then settles the attempt."""
         started = time.monotonic()
         lock: int | None = None
         while lock is None:
@@ -98,20 +110,22 @@ class Runner:
         try:
             while await self._ingest():
                 pass
-            await self._settle(await self._ending(requeue))
+            await failpoints.reach("after_lock_before_settle")
+            await self._settle(await self._ending())
         finally:
             os.close(lock)
 
-    async def abandon(self) -> None:
-        """Kills the trainer of another server if it lives, reads what it left, and settles the attempt."""
-        while await self._ingest():
-            pass
-        if not self._lock_is_free():
-            await self.kill("belonged to a server that is gone")
-        else:
-            # Nobody holds the lock, so nobody will write an end: do not wait for one.
+    def locked(self) -> bool:
+        """Whether a trainer lives."""
+        lock = files.try_lock(self.directory)
+        if lock is not None:
+            os.close(lock)
+        return lock is None
+
+    def mark_gone(self) -> None:
+        """Writes an end where the host that would have written it is gone. A trainer that comes late then leaves."""
+        if not (self.directory / files.EXIT).exists():
             files.replace_file(self.directory / files.EXIT, TrainerExit(code=-1).SerializeToString())
-        await self.follow(requeue=True)
 
     async def ask(self, action: ControlAction.ValueType) -> None:
         """Asks the trainer to save a checkpoint and leave; after the grace its group is killed."""
@@ -135,16 +149,10 @@ class Runner:
         self._log.warning("killing the trainer", reason=reason)
         if await self._executor.signal(self.directory, signal.SIGKILL):
             return
-        if self.attempt.pid and not self._lock_is_free():
+        if self.attempt.pid and self.locked():
             # Its host is gone, but the lock is held, so the process of its first report is the one that lives.
             with contextlib.suppress(ProcessLookupError, PermissionError):
                 os.killpg(self.attempt.pid, signal.SIGKILL)
-
-    def _lock_is_free(self) -> bool:
-        lock = files.try_lock(self.directory)
-        if lock is not None:
-            os.close(lock)
-        return lock is not None
 
     async def _enforce(self, now: float) -> None:
         if now >= self._kill_at:
@@ -167,6 +175,7 @@ class Runner:
             end = offset
         if not reports:
             return False
+        await failpoints.reach("before_spool_ingest")
         while True:
             try:
                 self.attempt = await self._attempts.ingest(self.attempt, reports, self.attempt.spool_offset + end)
@@ -176,15 +185,15 @@ class Runner:
                 self._log.warning("reports wait", reports=len(reports), error=str(error))
                 await asyncio.sleep(self._limits.sweep)
 
-    async def _ending(self, requeue: bool) -> Ending:
-        preempted = self._action == ControlAction.CONTROL_ACTION_PREEMPT
-        if requeue or preempted:
+    async def _ending(self) -> Ending:
+        if self._action == ControlAction.CONTROL_ACTION_PREEMPT:
             return Ending("SERVER_RESTARTED", "goes on from its newest checkpoint", requeue=True)
-        how = await asyncio.to_thread(_exit_words, self.directory)
-        if self._killed_for:
-            how = f"was killed because it {self._killed_for}"
+        if self._not_started and not self.attempt.reports:
+            return Ending("WORKER_NOT_STARTED", f"the trainer could not be started: {self._not_started}")
+        ended = _exit(self.directory)
+        how = f"was killed because it {self._killed_for}" if self._killed_for else _exit_words(ended)
         lines = await asyncio.to_thread(_last_lines, self.directory / files.LOG)
-        return Ending("WORKER_LOST", f"the trainer {how}", lines)
+        return Ending("WORKER_LOST", f"the trainer {how}", lines, storage_full=ended.code == files.EXIT_NO_SPACE)
 
     async def _settle(self, ending: Ending) -> None:
         while True:
@@ -205,14 +214,20 @@ def _read(spool: Path, offset: int) -> bytes:
         return data
 
 
-def _exit_words(directory: Path) -> str:
+def _exit(directory: Path) -> TrainerExit:
+    """How the host saw the process end; code -1 where nobody saw it."""
     try:
-        ended = TrainerExit.FromString((directory / files.EXIT).read_bytes())
+        return TrainerExit.FromString((directory / files.EXIT).read_bytes())
     except FileNotFoundError:
-        return "is gone without a word"
+        return TrainerExit(code=-1)
+
+
+def _exit_words(ended: TrainerExit) -> str:
     if ended.signal:
         name = signal.Signals(ended.signal).name if ended.signal in set(signal.Signals) else str(ended.signal)
         return f"was ended by {name}" + (" (out of memory?)" if ended.signal == signal.SIGKILL else "")
+    if ended.code < 0:
+        return "is gone without a word"
     return f"left with exit code {ended.code} and without a last report"
 
 

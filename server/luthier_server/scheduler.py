@@ -2,6 +2,7 @@
 
 import asyncio
 import contextlib
+from collections.abc import Collection
 from dataclasses import dataclass, field
 from pathlib import Path
 
@@ -12,7 +13,7 @@ from luthier_server.attempts import Attempts, Ending
 from luthier_server.datasets import Datasets
 from luthier_server.errors import LuthierError, StorageFull, StoreBusy
 from luthier_server.executors.base import Executor
-from luthier_server.job import CANCELLING, Job
+from luthier_server.job import CANCELLING, PAUSING, Job
 from luthier_server.jobs import Jobs
 from luthier_server.registry import Registry
 from luthier_server.runner import Limits, Runner
@@ -22,6 +23,10 @@ from luthier_server.store.jobs import Attempt
 
 log = structlog.get_logger()
 _RETRY_SECONDS = 1.0
+_ACTIONS = {
+    CANCELLING: ControlAction.CONTROL_ACTION_CANCEL,
+    PAUSING: ControlAction.CONTROL_ACTION_PAUSE,
+}
 
 
 @dataclass(frozen=True, slots=True)
@@ -60,6 +65,7 @@ class Scheduler:
         self._secrets = secrets
         self._runners: dict[str, Runner] = {}
         self._free = list(range(settings.slots))
+        self._adopted: list[Runner] = []
         self._stopping = False
 
     def wake(self) -> None:
@@ -68,39 +74,51 @@ class Scheduler:
             runner.wake()
 
     async def recover(self, attempts: list[Attempt]) -> None:
-        """Ends the trainers that another server started, and queues their jobs again from their last checkpoint."""
+        """Settles every attempt whose trainer has gone, and takes over those that live.
+
+        A trainer outlives its server: what it reported meanwhile is read now, and its slot stays busy.
+        """
+        alive = await self._executor.alive()
         async with asyncio.TaskGroup() as group:
             for attempt in attempts:
-                group.create_task(self._recover(attempt))
+                group.create_task(self._recover(attempt, alive))
 
-    async def _recover(self, attempt: Attempt) -> None:
+    async def _recover(self, attempt: Attempt, alive: Collection[str]) -> None:
         runner = Runner(self._attempts, self._executor, attempt, self._directory(attempt), self._settings.limits)
         if not runner.directory.is_dir():
-            await self._attempts.settle(
-                attempt, Ending("SERVER_RESTARTED", "goes on from its newest checkpoint", requeue=True)
-            )
-            return
-        log.info("ending what another server started", job_id=attempt.job_id, attempt=attempt.number)
-        await runner.abandon()
+            restarted = Ending("SERVER_RESTARTED", "goes on from its newest checkpoint", requeue=True)
+            await self._attempts.settle(attempt, restarted)
+        elif str(runner.directory) in alive or runner.locked():
+            log.info("adopting a trainer", job_id=attempt.job_id, attempt=attempt.number)
+            self._runners[attempt.job_id] = runner
+            if attempt.slot in self._free:
+                self._free.remove(attempt.slot)
+            self._adopted.append(runner)
+        else:
+            runner.mark_gone()
+            await runner.follow()
 
     async def run(self) -> None:
         """Fills slots until it is cancelled."""
         async with asyncio.TaskGroup() as group:
+            for runner in self._adopted:
+                group.create_task(self._follow(runner), name=f"attempt {runner.attempt.job_id}")
             while True:
                 self._jobs.changed.clear()
                 try:
                     await self._control()
                     await self._fill(group)
+                    pause = await self._attempts.next_retry()
                 except (StorageFull, StoreBusy) as error:
                     # Waiting jobs wait on; the next look may find room.
                     log.warning("no job can start", error=str(error))
-                    await asyncio.sleep(_RETRY_SECONDS)
-                else:
-                    await self._jobs.changed.wait()
+                    pause = _RETRY_SECONDS
+                with contextlib.suppress(TimeoutError):
+                    await asyncio.wait_for(self._jobs.changed.wait(), pause)
 
     async def _fill(self, group: asyncio.TaskGroup) -> None:
         while self._free and not self._stopping and (job_id := await self._attempts.next_queued()):
-            begun = await self._attempts.begin(job_id)
+            begun = await self._attempts.begin(job_id, self._free[0])
             if begun is not None:
                 slot = self._free.pop(0)
                 group.create_task(self._attempt(slot, *begun), name=f"attempt {job_id}")
@@ -118,8 +136,8 @@ class Scheduler:
     async def _control(self) -> None:
         for job_id, runner in list(self._runners.items()):
             job = await self._jobs.get("default", job_id)
-            if job.state == CANCELLING:
-                await runner.ask(ControlAction.CONTROL_ACTION_CANCEL)
+            if job.state in _ACTIONS:
+                await runner.ask(_ACTIONS[job.state])
 
     async def _attempt(self, slot: int, job: Job, attempt: Attempt) -> None:
         runner = Runner(self._attempts, self._executor, attempt, self._directory(attempt), self._settings.limits)
@@ -137,10 +155,24 @@ class Scheduler:
             # The attempt stays open: the next start of the server settles it.
             log.exception("runner failed", job_id=job.id, attempt=attempt.number)
         finally:
-            del self._runners[job.id]
+            self._release(job.id, slot)
+
+    async def _follow(self, runner: Runner) -> None:
+        """Drives a trainer that an earlier server started."""
+        attempt = runner.attempt
+        try:
+            await runner.follow()
+        except Exception:
+            log.exception("runner failed", job_id=attempt.job_id, attempt=attempt.number)
+        finally:
+            self._release(attempt.job_id, attempt.slot)
+
+    def _release(self, job_id: str, slot: int) -> None:
+        del self._runners[job_id]
+        if slot < self._settings.slots and slot not in self._free:
             self._free.append(slot)
             self._free.sort()
-            self._jobs.changed.set()
+        self._jobs.changed.set()
 
     def _directory(self, attempt: Attempt) -> Path:
         return self._settings.data_dir / "jobs" / attempt.job_id / f"attempt-{attempt.number}"
@@ -166,6 +198,9 @@ class Scheduler:
             model_dir=str(self._registry.directory(attempt.model_id)),
             cache_dir=str(settings.data_dir / "cache"),
             resume_from=str(checkpoints / attempt.resume_from) if attempt.resume_from else "",
+            resume_fallbacks=[
+                str(checkpoints / each.directory) for each in (await self._jobs.resume_points(job.tenant, job.id))[1:]
+            ],
             threads=settings.threads,
             cuda_devices=settings.devices[slot : slot + 1],
             wake_socket=settings.wake_socket,

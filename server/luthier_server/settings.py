@@ -2,6 +2,7 @@
 
 import argparse
 import dataclasses
+import ipaddress
 import os
 import sys
 import tomllib
@@ -9,8 +10,6 @@ from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
-
-_LOOPBACK = ("127.", "localhost", "[::1]", "unix:")
 
 
 class SettingsError(Exception):
@@ -37,7 +36,11 @@ class Settings:
     listen: str = _option("127.0.0.1:50051", "address to serve gRPC on, HOST:PORT; port 0 takes a free one")
     data_dir: Path = _option(_data_dir, "folder for the database, datasets, checkpoints and models")
     slots: int = _option(0, "jobs that run at once; 0 means one per GPU, or one without", metavar="N")
-    insecure_bind: bool = _option(False, "allow an address other than loopback, although nothing is authenticated")
+    tls_cert: Path | None = _option(None, "certificate chain (PEM) to speak TLS with; read again when it changes")
+    tls_key: Path | None = _option(None, "key (PEM) of the certificate, without a password; read again when it changes")
+    tls_ca: Path | None = _option(None, "authority (PEM) that `luthierd health` checks the certificate with")
+    token_file: Path | None = _option(None, "tokens that callers need, one a line; read again when it changes")
+    insecure_bind: bool = _option(False, "allow an address other than loopback without both TLS and tokens")
     warm: str = _option("on", "keep a warm trainer host, so that jobs start at once", choices=("on", "off"))
     model_root: tuple[Path, ...] = _option(tuple, "folder from which base models may be taken; may be repeated")
     secrets_dir: Path | None = _option(None, "folder of secrets, one file each, that specs refer to by name")
@@ -50,6 +53,10 @@ class Settings:
     stall_timeout: float = _option(300.0, "silence after which a trainer is killed", metavar="S")
     cancel_grace: float = _option(5.0, "time a cancelled trainer has to save and leave", metavar="S")
     stop_grace: float = _option(30.0, "time a trainer has to save and leave when the server stops", metavar="S")
+    stop_trainers: bool = _option(False, "stop the trainers with the server; their jobs go on from a checkpoint")
+    retry_seconds: float = _option(5.0, "wait before a lost attempt is tried again; doubles each time", metavar="S")
+    retention_days: float = _option(30.0, "how long the events of an ended job stay, at least 7", metavar="DAYS")
+    free_bytes: int = _option(256 * 2**20, "room at which jobs that a full disk paused go on", metavar="BYTES")
     trainer_python: str = _option(sys.executable, "the Python that has luthier-trainer", metavar="PATH")
     external_host: bool = _option(False, "use a trainer host that somebody else starts and ends, as in compose.yaml")
     log_level: str = _option("info", "least level that is logged", choices=("debug", "info", "warning", "error"))
@@ -141,15 +148,31 @@ def read(arguments: Sequence[str], environment: Mapping[str, str]) -> Settings:
     return settings
 
 
+def _is_loopback(listen: str) -> bool:
+    if listen.startswith("unix:"):
+        return True
+    host = listen.rpartition(":")[0].strip("[]")
+    try:
+        return ipaddress.ip_address(host).is_loopback
+    except ValueError:
+        return host == "localhost"
+
+
 def _check(settings: Settings) -> None:
     host, colon, port = settings.listen.rpartition(":")
     if not colon or not (settings.listen.startswith("unix:") or port.isdigit()):
         raise SettingsError(f"--listen must be HOST:PORT, not '{settings.listen}'")
-    if not settings.listen.startswith(_LOOPBACK) and not settings.insecure_bind:
+    if (settings.tls_cert is None) != (settings.tls_key is None):
+        raise SettingsError("--tls-cert and --tls-key belong together: give both, or neither")
+    protected = settings.tls_cert is not None and settings.token_file is not None
+    if not (protected or settings.insecure_bind or _is_loopback(settings.listen)):
         raise SettingsError(
-            f"refusing to listen on {host or 'every address'}: nothing is authenticated yet, so anybody who reaches "
-            "the port could run jobs. Listen on 127.0.0.1, or pass --insecure-bind if the network is yours alone"
+            f"refusing to listen on {host or 'every address'}: anybody who reaches the port could run jobs. Give "
+            "--tls-cert, --tls-key and --token-file, listen on 127.0.0.1, or pass --insecure-bind if the network is "
+            "yours alone"
         )
+    if settings.retention_days < 7:
+        raise SettingsError("--retention-days must be at least 7: watchers may resume for that long")
     for name in ("slots", "threads"):
         if getattr(settings, name) < 0:
             raise SettingsError(f"--{name} must not be negative")

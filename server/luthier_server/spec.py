@@ -143,7 +143,7 @@ def resolved(spec: JobSpec, *, rows: int, max_positions: int) -> JobSpec:
     """
     full = JobSpec()
     full.CopyFrom(spec)
-    _default(full, "max_retries", 0)
+    _default(full, "max_retries", 2)
     task = full.fine_tune
     if task.WhichOneof("objective") is None:
         task.sft.CopyFrom(Sft())

@@ -115,7 +115,9 @@ def test_a_trainer_that_ignores_a_cancel_is_killed_after_the_grace(daemons: Star
 def test_a_silent_trainer_is_lost(daemons: Start) -> None:
     daemon = daemons(*puppet(steps=10_000, step_seconds=0.05), "--stall-timeout", "1")
     daemon.upload()
-    job = daemon.create()
+    spec = small()
+    spec.max_retries = 0
+    job = daemon.create(spec)
     daemon.wait_for_step(job.id, 2)
     os.killpg(daemon.host().trainers[0].pid, signal.SIGSTOP)
     ended = daemon.wait(job.id)
@@ -154,7 +156,9 @@ def test_one_request_id_makes_one_job_however_often_it_is_sent(daemons: Start) -
 def test_a_killed_trainer_fails_its_job_with_its_last_lines_and_the_next_job_runs(daemons: Start) -> None:
     daemon = daemons(*puppet(steps=10_000, step_seconds=0.02))
     daemon.upload()
-    job = daemon.create()
+    spec = small()
+    spec.max_retries = 0
+    job = daemon.create(spec)
     following = daemon.create(small(hyperparameters={"max_steps": 5}))
     daemon.wait_for_step(job.id, 2)
     os.killpg(daemon.host().trainers[0].pid, signal.SIGKILL)
@@ -166,7 +170,7 @@ def test_a_killed_trainer_fails_its_job_with_its_last_lines_and_the_next_job_run
 
 
 def test_a_lost_attempt_is_tried_again_from_its_newest_checkpoint_where_the_spec_allows(daemons: Start) -> None:
-    daemon = daemons(*puppet(steps=60, step_seconds=0.05))
+    daemon = daemons(*puppet(steps=60, step_seconds=0.05), "--retry-seconds", "0.2")
     daemon.upload()
     spec = small(checkpoints=Checkpoints(every_steps=5))
     spec.max_retries = 1
@@ -244,3 +248,11 @@ def test_a_dataset_that_a_job_needs_cannot_be_deleted(daemons: Start) -> None:
     daemon.datasets.DeleteDataset(ds.DeleteDatasetRequest(dataset=dataset.id))
     assert not (daemon.data_dir / "blobs" / dataset.sha256).exists()
     assert daemon.upload().version == 2
+
+
+def test_a_trainer_that_cannot_be_started_fails_its_job_with_words(daemons: Start) -> None:
+    daemon = daemons(*puppet(), "--trainer-python", "/bin/false")
+    with pytest.raises(grpc.RpcError) as no_worker:
+        daemon.upload()
+    assert no_worker.value.code() == grpc.StatusCode.UNAVAILABLE
+    assert "luthier-trainer" in str(no_worker.value.details())

@@ -1,9 +1,11 @@
 """Stopping, killing and starting luthierd loses no job and no event."""
 
 import os
+import signal
 import subprocess
 import sys
 import threading
+import time
 from collections.abc import Callable
 from pathlib import Path
 
@@ -31,30 +33,77 @@ def trained(events: list[JobEvent]) -> list[int]:
 
 
 @pytest.mark.parametrize("end", ["stop", "kill"])
-def test_a_server_that_ends_in_the_middle_of_training_goes_on_from_the_checkpoint(daemons: Start, end: str) -> None:
+def test_a_trainer_outlives_its_server_and_the_next_one_adopts_it(daemons: Start, end: str) -> None:
     daemon = daemons(*SLOW)
     daemon.upload()
-    job = daemon.create(small(checkpoints=Checkpoints(every_steps=5)))
+    job = daemon.create()
     waiting = daemon.create()
     daemon.wait_for_step(job.id, 7)
     before = [event for response in _first(daemon, job.id) for event in response.events]
+    (trainer,) = daemon.host().trainers
     if end == "stop":
         assert daemon.stop() == 0
-        with pytest.raises(OSError):
-            daemon.host()
     else:
         daemon.kill()
+    time.sleep(0.5)
+    assert daemon.host().trainers == [trainer]
     daemon.start()
+    assert daemon.get(job.id).state == JobState.JOB_STATE_RUNNING
     events = list(daemon.watch(job.id))
     assert dense(events)
     assert events[: len(before)] == before
+    assert kinds(events)[-1] == "SUCCEEDED"
+    steps = [event.step_completed.step for event in events if event.HasField("step_completed")]
+    assert steps == list(range(1, 61))
+    assert [e.attempt_started.pid for e in events if e.HasField("attempt_started")] == [trainer.pid]
+    assert daemon.wait(waiting.id).state == JobState.JOB_STATE_SUCCEEDED
+
+
+def test_a_server_that_stops_its_trainers_goes_on_from_their_checkpoints(daemons: Start) -> None:
+    daemon = daemons(*SLOW, "--stop-trainers")
+    daemon.upload()
+    job = daemon.create(small(checkpoints=Checkpoints(every_steps=5)))
+    daemon.wait_for_step(job.id, 7)
+    assert daemon.stop() == 0
+    with pytest.raises(OSError):
+        daemon.host()
+    daemon.start()
+    events = list(daemon.watch(job.id))
+    assert dense(events)
     assert kinds(events)[-1] == "SUCCEEDED"
     assert trained(events) == list(range(1, 61))
     attempts = [event.attempt_started for event in events if event.HasField("attempt_started")]
     assert [each.attempt for each in attempts] == [1, 2]
     assert attempts[1].reason == "SERVER_RESTARTED"
     assert attempts[1].resumed_from_step >= 5
-    assert daemon.wait(waiting.id).state == JobState.JOB_STATE_SUCCEEDED
+
+
+def test_an_adopted_trainer_can_be_cancelled_also_by_what_was_asked_before_the_server_died(daemons: Start) -> None:
+    daemon = daemons(*puppet(steps=10_000, step_seconds=0.05, stubborn=True), "--cancel-grace", "1")
+    daemon.upload()
+    job = daemon.create()
+    daemon.wait_for_step(job.id, 2)
+    daemon.fine_tuning.CancelJob(ft.CancelJobRequest(job_id=job.id))
+    daemon.kill()
+    daemon.start()
+    assert daemon.wait(job.id).state == JobState.JOB_STATE_CANCELLED
+    assert not daemon.host().trainers
+
+
+def test_a_trainer_that_died_with_its_server_is_tried_again(daemons: Start) -> None:
+    daemon = daemons(*SLOW, "--retry-seconds", "0.1")
+    daemon.upload()
+    job = daemon.create(small(checkpoints=Checkpoints(every_steps=5)))
+    daemon.wait_for_step(job.id, 7)
+    host = daemon.host()
+    daemon.kill()
+    os.kill(host.host_pid, signal.SIGKILL)
+    os.killpg(host.trainers[0].pid, signal.SIGKILL)
+    daemon.start()
+    events = list(daemon.watch(job.id))
+    assert dense(events)
+    assert trained(events) == list(range(1, 61))
+    assert [e.attempt_started.reason for e in events if e.HasField("attempt_started")] == ["FIRST", "WORKER_LOST"]
 
 
 def _first(daemon: Daemon, job_id: str) -> list[ft.WatchJobResponse]:
@@ -62,21 +111,6 @@ def _first(daemon: Daemon, job_id: str) -> list[ft.WatchJobResponse]:
     response = next(stream)
     stream.cancel()
     return [response]
-
-
-def test_no_trainer_of_a_killed_server_lives_beside_the_next_attempt(daemons: Start) -> None:
-    daemon = daemons(*puppet(steps=400, step_seconds=0.05, stubborn=True))
-    daemon.upload()
-    job = daemon.create()
-    daemon.wait_for_step(job.id, 2)
-    (old,) = daemon.host().trainers
-    daemon.kill()
-    os.kill(old.pid, 0)
-    daemon.start()
-    until(lambda: daemon.get(job.id).attempt == 2, what="the second attempt")
-    until(lambda: [each.pid for each in daemon.host().trainers] not in ([], [old.pid]), what="the new trainer")
-    assert old.pid not in [each.pid for each in daemon.host().trainers]
-    daemon.process.kill()
 
 
 def test_a_job_that_finished_while_no_server_was_there_has_succeeded(daemons: Start) -> None:

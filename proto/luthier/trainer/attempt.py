@@ -29,6 +29,9 @@ LOG = "trainer.log"
 CONTROL = "control"
 EXIT = "exit"
 
+EXIT_NO_SPACE = 74
+"""Exit code of a trainer whose last report did not fit on the disk."""
+
 MAX_PAYLOAD = 16 * 1024 * 1024
 _HEADER = struct.Struct("<II")
 _SUN_PATH = 100

@@ -1,6 +1,6 @@
 """What an executor does: start trainers and send them signals. It knows directories of attempts, not jobs."""
 
-from collections.abc import Mapping
+from collections.abc import Collection, Mapping
 from pathlib import Path
 from typing import Protocol
 
@@ -20,6 +20,9 @@ class Executor(Protocol):
 
     async def signal(self, attempt_dir: Path, number: int) -> bool:
         """Sends a signal to a trainer's process group; False when there is none here."""
+
+    async def alive(self) -> Collection[str]:
+        """Directories of the attempts whose trainers live here."""
 
     async def close(self) -> None:
         """Lets go of everything that this executor started and that no trainer needs."""

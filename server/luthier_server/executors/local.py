@@ -9,7 +9,7 @@ import os
 import signal
 import struct
 import subprocess
-from collections.abc import Mapping, Sequence
+from collections.abc import Collection, Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 
@@ -25,12 +25,13 @@ _LENGTH = struct.Struct("<I")
 
 @dataclass(frozen=True, slots=True)
 class LocalSettings:
-    """How to run the host. `own_host`: start one where there is none, and end it with the server."""
+    """How to run the host. `own_host`: start one where there is none; `end_host`: end it with the server."""
 
     data_dir: Path
     python: str
     warm: bool
     own_host: bool = True
+    end_host: bool = False
     start_seconds: float = 60
     host_arguments: Sequence[str] = ()
 
@@ -66,20 +67,20 @@ class LocalExecutor:
         except ExecutorError:
             return False
 
-    async def alive(self) -> Sequence[str]:
+    async def alive(self) -> Collection[str]:
         """The attempts whose trainers live here; empty when no host answers."""
         with contextlib.suppress(ExecutorError):
             answer = await self._ask(HostRequest(list=ListTrainers()), start_host=False)
-            return [each.attempt_dir for each in answer.trainers]
-        return []
+            return {each.attempt_dir for each in answer.trainers}
+        return set()
 
     async def close(self) -> None:
-        """Ends the host, unless it belongs to somebody else. Trainers that live keep it until they end."""
-        if self._settings.own_host:
+        """Lets go of the host. It and its trainers live on, unless the settings say otherwise."""
+        if self._settings.own_host and self._settings.end_host:
             with contextlib.suppress(ExecutorError):
                 await self._ask(HostRequest(quit=QuitHost()), start_host=False)
         self._disconnect()
-        if self._process is not None:
+        if self._process is not None and self._settings.end_host:
             try:
                 await asyncio.to_thread(self._process.wait, 5)
             except subprocess.TimeoutExpired:

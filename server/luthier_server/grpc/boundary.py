@@ -34,6 +34,7 @@ CODES: dict[type[errors.LuthierError], grpc.StatusCode] = {
     errors.Exhausted: grpc.StatusCode.RESOURCE_EXHAUSTED,
     errors.Aborted: grpc.StatusCode.ABORTED,
     errors.Unavailable: grpc.StatusCode.UNAVAILABLE,
+    errors.Unauthenticated: grpc.StatusCode.UNAUTHENTICATED,
     errors.StoreCorrupt: grpc.StatusCode.DATA_LOSS,
     errors.LuthierError: grpc.StatusCode.INTERNAL,
 }

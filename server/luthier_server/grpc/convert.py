@@ -1,11 +1,13 @@
 """Rows' values as protos. A test fails when a field of a proto has no place here."""
 
+from luthier.v1.checkpoint_pb2 import Checkpoint as CheckpointProto
 from luthier.v1.dataset_pb2 import Dataset as DatasetProto
 from luthier.v1.job_pb2 import Job as JobProto
 from luthier.v1.model_pb2 import Model as ModelProto
 from luthier_server.change import timestamp
 from luthier_server.job import FAILED, Job
 from luthier_server.store.datasets import Dataset
+from luthier_server.store.jobs import Checkpoint
 from luthier_server.store.models import Model
 
 
@@ -26,6 +28,19 @@ def job_proto(job: Job, history_id: str, queue_position: int = 0) -> JobProto:
         start_time=timestamp(job.start_time) if job.start_time else None,
         end_time=timestamp(job.end_time) if job.end_time else None,
         queue_position=queue_position,
+        retry_time=timestamp(job.retry_time) if job.retry_time else None,
+    )
+
+
+def checkpoint_proto(checkpoint: Checkpoint) -> CheckpointProto:
+    """A checkpoint as clients see it."""
+    return CheckpointProto(
+        name=f"{checkpoint.job_id}:step-{checkpoint.step}",
+        job_id=checkpoint.job_id,
+        step=checkpoint.step,
+        attempt=checkpoint.attempt,
+        size_bytes=checkpoint.size_bytes,
+        create_time=timestamp(checkpoint.create_time),
     )
 
 

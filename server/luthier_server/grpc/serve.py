@@ -9,8 +9,11 @@ from google.protobuf.descriptor import ServiceDescriptor
 from grpc_health.v1 import health_pb2_grpc
 from grpc_reflection.v1alpha import reflection
 
+from luthier_server.grpc.auth import Authentication
 from luthier_server.grpc.boundary import service_handler
+from luthier_server.grpc.certificate import Certificate
 from luthier_server.grpc.health import Health
+from luthier_server.grpc.tokens import Tokens
 
 log = structlog.get_logger()
 
@@ -36,11 +39,22 @@ class AddressError(Exception):
 
 
 class GrpcServer:
-    """Listens, serves, and stops in order."""
+    """Listens, serves, and stops in order.
 
-    def __init__(self, services: Mapping[ServiceDescriptor, object]) -> None:
+    tokens: what callers need, health apart; None lets everybody in. certificate: what TLS is spoken with, if it is.
+    """
+
+    def __init__(
+        self,
+        services: Mapping[ServiceDescriptor, object],
+        *,
+        tokens: Tokens | None = None,
+        certificate: Certificate | None = None,
+    ) -> None:
         names = [service.full_name for service in services]
-        self._server = grpc.aio.server(options=_OPTIONS)
+        self._certificate = certificate
+        interceptors = [Authentication(tokens)] if tokens is not None else []
+        self._server = grpc.aio.server(options=_OPTIONS, interceptors=interceptors)
         self.health = Health(names)
         self._server.add_generic_rpc_handlers(
             tuple(service_handler(service, implementation) for service, implementation in services.items())
@@ -51,7 +65,11 @@ class GrpcServer:
     async def start(self, address: str) -> int:
         """Listens; returns the port. Raises AddressError."""
         try:
-            port = self._server.add_insecure_port(address)
+            port = (
+                self._server.add_insecure_port(address)
+                if self._certificate is None
+                else self._server.add_secure_port(address, self._certificate.credentials())
+            )
         except RuntimeError as error:
             raise AddressError(f"cannot listen on {address}: is another server using it?") from error
         await self._server.start()

@@ -13,7 +13,7 @@ from luthier_server.datasets import Datasets
 from luthier_server.errors import InvalidArgument, Violation
 from luthier_server.grpc import paging
 from luthier_server.grpc.boundary import Context, writes
-from luthier_server.grpc.convert import dataset_proto, job_proto, model_proto
+from luthier_server.grpc.convert import checkpoint_proto, dataset_proto, job_proto, model_proto
 from luthier_server.grpc.watch import Watch
 from luthier_server.job import QUEUED, Job
 from luthier_server.jobs import Jobs
@@ -68,6 +68,23 @@ class FineTuning:
     async def CancelJob(self, request: ft.CancelJobRequest) -> ft.CancelJobResponse:
         """Asks a job to stop."""
         return ft.CancelJobResponse(job=await self._proto(await self._jobs.cancel(TENANT, request.job_id)))
+
+    async def PauseJob(self, request: ft.PauseJobRequest) -> ft.PauseJobResponse:
+        """Asks a job to rest."""
+        return ft.PauseJobResponse(job=await self._proto(await self._jobs.pause(TENANT, request.job_id)))
+
+    async def ResumeJob(self, request: ft.ResumeJobRequest) -> ft.ResumeJobResponse:
+        """Queues a paused job again."""
+        return ft.ResumeJobResponse(job=await self._proto(await self._jobs.resume(TENANT, request.job_id)))
+
+    async def DeleteJob(self, request: ft.DeleteJobRequest) -> ft.DeleteJobResponse:
+        """Deletes a job that is at rest."""
+        return ft.DeleteJobResponse(job=await self._proto(await self._jobs.delete(TENANT, request.job_id)))
+
+    async def ListCheckpoints(self, request: ft.ListCheckpointsRequest) -> ft.ListCheckpointsResponse:
+        """Lists what a job has saved."""
+        found = await self._jobs.checkpoints(TENANT, request.job_id)
+        return ft.ListCheckpointsResponse(checkpoints=[checkpoint_proto(each) for each in found])
 
     @writes
     async def WatchJob(self, request: ft.WatchJobRequest, context: Context) -> None:

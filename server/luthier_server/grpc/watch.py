@@ -5,9 +5,11 @@ import contextlib
 from dataclasses import dataclass
 
 from luthier.v1.fine_tuning_pb2 import WatchJobRequest, WatchJobResponse
-from luthier_server.errors import Draining, Exhausted, ForeignHistory, OutOfRange, SlowConsumer
+from luthier_server import failpoints
+from luthier_server.errors import Draining, Exhausted, ForeignHistory, NotFound, OutOfRange, SlowConsumer, StoreCorrupt
 from luthier_server.grpc.boundary import Context, abort
 from luthier_server.hub import Hub
+from luthier_server.job import Job
 from luthier_server.jobs import Jobs
 from luthier_server.pages import Pages
 
@@ -62,22 +64,31 @@ class Watch:
                     metadata={"head_sequence": str(topic.head)},
                 )
             cursor = request.after_sequence
+            _refuse_compacted(job, cursor)
             while True:
                 if self._hub.draining:
                     raise Draining()
+                if topic.deleted:
+                    raise NotFound("job", job.id, "it was deleted")
                 if cursor < topic.head:
                     page = await self._pages.after(job.id, cursor, topic.head)
+                    if page.end == cursor:
+                        # What was announced is not there: the job went meanwhile, or its old events did, or harm came.
+                        _refuse_compacted(await self._jobs.get(tenant, job.id), cursor)
+                        raise StoreCorrupt(f"the log of job '{job.id}' has no event {cursor + 1}: restore a backup")
                     await self._write(context, page.body, cursor)
                     cursor = page.end
+                    await failpoints.reach("between_page_and_live")
                     if cursor >= topic.head and not topic.terminal:
                         # At head: let events gather, so that they travel in one message.
                         await asyncio.sleep(self._limits.gap)
                 elif topic.terminal:
+                    await failpoints.reach("after_terminal_before_status")
                     return
                 else:
                     head = topic.head
                     await topic.wait(self._limits.heartbeat)
-                    if topic.head == head and not self._hub.draining:
+                    if topic.head == head and not self._hub.draining and not topic.deleted:
                         beat = WatchJobResponse(cursor=cursor, history_id=history_id)
                         await self._write(context, beat.SerializeToString(), cursor)
 
@@ -95,3 +106,15 @@ class Watch:
                 async with asyncio.timeout(1):
                     await abort(context, slow)
             raise slow from None
+
+
+def _refuse_compacted(job: Job, cursor: int) -> None:
+    if cursor < job.compacted_sequence:
+        raise OutOfRange(
+            f"events up to {job.compacted_sequence} are past their retention: watch from there",
+            reason="EVENTS_COMPACTED",
+            metadata={
+                "oldest_sequence": str(job.compacted_sequence + 1),
+                "head_sequence": str(job.last_sequence),
+            },
+        )

@@ -16,6 +16,7 @@ from typing import Any, Generic, TypeVar
 import aiosqlite
 import structlog
 
+from luthier_server import failpoints
 from luthier_server.errors import StorageFull, StoreBusy, StoreCorrupt
 
 T = TypeVar("T")
@@ -32,6 +33,15 @@ _WRITE_FAILED = {
     sqlite3.SQLITE_IOERR_TRUNCATE,
     sqlite3.SQLITE_IOERR_SHMSIZE,
 }
+# Whatever else the system may fail at, and not do so the next time. Whoever waits for a locked database waits here too.
+_PASSING = {
+    sqlite3.SQLITE_IOERR,
+    sqlite3.SQLITE_CANTOPEN,
+    sqlite3.SQLITE_INTERRUPT,
+    sqlite3.SQLITE_NOMEM,
+    sqlite3.SQLITE_PROTOCOL,
+    sqlite3.SQLITE_READONLY,
+}
 
 
 class Transaction:
@@ -43,16 +53,19 @@ class Transaction:
 
     async def execute(self, sql: str, parameters: Sequence[Any] = ()) -> int:
         """Runs a statement; returns the number of rows it changed."""
+        await failpoints.reach("database_call")
         async with self._connection.execute(sql, parameters) as cursor:
             return cursor.rowcount
 
     async def execute_many(self, sql: str, rows: Iterable[Sequence[Any]]) -> None:
         """Runs a statement once for each row, in one hop."""
+        await failpoints.reach("database_call")
         async with self._connection.executemany(sql, rows):
             pass
 
     async def fetch(self, sql: str, parameters: Sequence[Any] = ()) -> list[Row]:
         """All rows of a query, as the transaction sees them."""
+        await failpoints.reach("database_call")
         return list(await self._connection.execute_fetchall(sql, parameters))
 
     def after_commit(self, call: Callable[[], None]) -> None:
@@ -105,7 +118,8 @@ class Database:
             # A connection that is not closed keeps the process alive after the loop has ended.
             for connection in connections:
                 await connection.close()
-            if isinstance(error, sqlite3.DatabaseError):
+            if isinstance(error, sqlite3.DatabaseError | UnicodeDecodeError):
+                # A damaged schema may come back as bytes that are no text.
                 raise _translated(error) from error
             raise
         return cls(path, connections[0], connections[1:])
@@ -124,8 +138,11 @@ class Database:
 
     async def read(self, sql: str, parameters: Sequence[Any] = ()) -> list[Row]:
         """All rows of a query over what is committed."""
+        if failpoints.PUBLISH_EARLY:
+            return list(await self._writer.execute_fetchall(sql, parameters))
         reader = await self._readers.get()
         try:
+            await failpoints.reach("database_call")
             return list(await reader.execute_fetchall(sql, parameters))
         except sqlite3.DatabaseError as error:
             raise _translated(error) from error
@@ -157,11 +174,16 @@ class Database:
 
     async def _commit(self, group: Sequence[_Request[Any]]) -> None:
         try:
+            await failpoints.reach("database_call")
             await self._writer.execute("BEGIN IMMEDIATE")
             for request in group:
                 await self._run(request, alone=len(group) == 1)
             if self._writer.in_transaction:
+                if failpoints.PUBLISH_EARLY:
+                    await _publish_early(group)
+                await failpoints.reach("before_commit")
                 await self._writer.execute("COMMIT")
+                await failpoints.reach("after_commit_before_publish")
         except sqlite3.DatabaseError as error:
             failure = _translated(error)
             log.error("commit failed", requests=len(group), error=str(error))
@@ -206,6 +228,15 @@ class Database:
             request.done.set_result(request.result)
 
 
+async def _publish_early(group: Sequence[_Request[Any]]) -> None:
+    """What the known-bad build does, with time for watchers to see it."""
+    for request in group:
+        if request.transaction is not None:
+            for call in request.transaction.committed:
+                call()
+    await asyncio.sleep(0.1)
+
+
 async def _migrate(writer: aiosqlite.Connection, path: Path) -> None:
     files = sorted(
         (each for each in resources.files(__package__).joinpath("migrations").iterdir() if each.name.endswith(".sql")),
@@ -232,6 +263,9 @@ def _translated(error: Exception) -> Exception:
         return StorageFull()
     if code & 0xFF in (sqlite3.SQLITE_BUSY, sqlite3.SQLITE_LOCKED):
         return StoreBusy("the database is locked by another process", retry_seconds=1)
-    if code & 0xFF in (sqlite3.SQLITE_CORRUPT, sqlite3.SQLITE_NOTADB):
+    if code & 0xFF in _PASSING:
+        return StoreBusy(f"the database cannot be used just now ({error})", retry_seconds=1)
+    no_text = isinstance(error, UnicodeDecodeError) or "decode to UTF-8" in str(error)
+    if no_text or code & 0xFF in (sqlite3.SQLITE_CORRUPT, sqlite3.SQLITE_NOTADB):
         return StoreCorrupt("the database is damaged: stop luthierd and restore a backup")
     return error

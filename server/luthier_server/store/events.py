@@ -13,12 +13,12 @@ class Events:
         self._database = database
 
     async def after(self, job_id: str, cursor: int, limit: int) -> list[bytes]:
-        """Serialised JobEvents with sequence `cursor + 1` and on, at most `limit`."""
+        """Serialised JobEvents with sequence `cursor + 1` and on, at most `limit`, up to the first that is missing."""
         rows = await self._database.read(
-            "SELECT payload FROM events WHERE job_id = ? AND sequence > ? ORDER BY sequence LIMIT ?",
+            "SELECT sequence, payload FROM events WHERE job_id = ? AND sequence > ? ORDER BY sequence LIMIT ?",
             (job_id, cursor, limit),
         )
-        return [row["payload"] for row in rows]
+        return [row["payload"] for place, row in enumerate(rows, start=cursor + 1) if row["sequence"] == place]
 
     async def oldest(self, job_id: str) -> int:
         """The first sequence that is still there."""

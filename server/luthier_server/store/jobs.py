@@ -5,9 +5,11 @@ from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 
 from google.protobuf import json_format
+from google.protobuf.message import DecodeError
 
 from luthier.v1.job_pb2 import JobError, JobSpec, JobState, Progress
-from luthier_server.job import QUEUED, Job
+from luthier_server.errors import StoreCorrupt
+from luthier_server.job import PAUSED, QUEUED, Job
 from luthier_server.store.database import Database, Row, Transaction
 
 
@@ -24,6 +26,7 @@ class Attempt:
     model_id: str
     pid: int
     outcome: bytes
+    slot: int
     end_time: int
 
 
@@ -36,6 +39,7 @@ class Checkpoint:
     attempt: int
     directory: str
     size_bytes: int
+    create_time: int
 
 
 @functools.lru_cache(maxsize=8192)
@@ -45,6 +49,13 @@ def _spec(text: str) -> JobSpec:
 
 
 def _job(row: Row) -> Job:
+    try:
+        return _parsed(row)
+    except (json_format.ParseError, DecodeError) as error:
+        raise StoreCorrupt(f"job '{row['id']}' is damaged in the database: restore a backup") from error
+
+
+def _parsed(row: Row) -> Job:
     return Job(
         id=row["id"],
         tenant=row["tenant"],
@@ -60,6 +71,9 @@ def _job(row: Row) -> Job:
         create_time=row["create_time"],
         start_time=row["start_time"],
         end_time=row["end_time"],
+        retry_time=row["retry_time"],
+        pause_reason=row["pause_reason"],
+        compacted_sequence=row["compacted_sequence"],
     )
 
 
@@ -116,6 +130,14 @@ class Jobs:
         """Ids of the jobs that wait for a slot, the next one first."""
         rows = await self._database.read(
             "SELECT id FROM jobs WHERE tenant = ? AND state = ? ORDER BY id", (tenant, QUEUED)
+        )
+        return [row["id"] for row in rows]
+
+    async def paused_for(self, reason: str) -> list[str]:
+        """Ids of the jobs that are paused for this reason."""
+        rows = await self._database.read(
+            "SELECT id FROM jobs WHERE tenant = ? AND state = ? AND pause_reason = ? ORDER BY id",
+            ("default", PAUSED, reason),
         )
         return [row["id"] for row in rows]
 
@@ -176,7 +198,7 @@ async def save(transaction: Transaction, job: Job) -> None:
     """Writes everything of a job that can change."""
     await transaction.execute(
         "UPDATE jobs SET state = ?, error = ?, progress = ?, attempt = ?, retries = ?, last_sequence = ?, model_id = ?,"
-        " start_time = ?, end_time = ? WHERE id = ?",
+        " start_time = ?, end_time = ?, retry_time = ?, pause_reason = ? WHERE id = ?",
         (
             job.state,
             job.error.SerializeToString(),
@@ -187,6 +209,8 @@ async def save(transaction: Transaction, job: Job) -> None:
             job.model_id,
             job.start_time,
             job.end_time,
+            job.retry_time,
+            job.pause_reason,
             job.id,
         ),
     )
@@ -201,9 +225,18 @@ async def load_attempt(transaction: Transaction, job_id: str, number: int) -> At
 async def insert_attempt(transaction: Transaction, attempt: Attempt, tenant: str, now: int) -> None:
     """Adds an attempt that is about to start."""
     await transaction.execute(
-        "INSERT INTO attempts (tenant, job_id, number, reason, resume_from, model_id, start_time)"
-        " VALUES (?, ?, ?, ?, ?, ?, ?)",
-        (tenant, attempt.job_id, attempt.number, attempt.reason, attempt.resume_from, attempt.model_id, now),
+        "INSERT INTO attempts (tenant, job_id, number, reason, resume_from, model_id, slot, start_time)"
+        " VALUES (?, ?, ?, ?, ?, ?, ?, ?)",
+        (
+            tenant,
+            attempt.job_id,
+            attempt.number,
+            attempt.reason,
+            attempt.resume_from,
+            attempt.model_id,
+            attempt.slot,
+            now,
+        ),
     )
 
 
@@ -224,12 +257,31 @@ async def save_attempt(transaction: Transaction, attempt: Attempt) -> None:
     )
 
 
-async def insert_checkpoints(
-    transaction: Transaction, tenant: str, checkpoints: Sequence[Checkpoint], now: int
-) -> None:
+async def insert_checkpoints(transaction: Transaction, tenant: str, checkpoints: Sequence[Checkpoint]) -> None:
     """Adds checkpoints that are on disk."""
     await transaction.execute_many(
         "INSERT OR REPLACE INTO checkpoints (tenant, job_id, step, attempt, directory, size_bytes, create_time)"
         " VALUES (?, ?, ?, ?, ?, ?, ?)",
-        [(tenant, each.job_id, each.step, each.attempt, each.directory, each.size_bytes, now) for each in checkpoints],
+        [
+            (tenant, each.job_id, each.step, each.attempt, each.directory, each.size_bytes, each.create_time)
+            for each in checkpoints
+        ],
     )
+
+
+async def bury(transaction: Transaction, job: Job, now: int) -> None:
+    """Deletes a job with everything that hangs on it; its request is remembered."""
+    await transaction.execute(
+        "INSERT OR REPLACE INTO tombstones (tenant, request_id, request_sha256, job_id, delete_time)"
+        " SELECT tenant, request_id, request_sha256, id, ? FROM jobs WHERE id = ? AND request_id IS NOT NULL",
+        (now, job.id),
+    )
+    await transaction.execute("DELETE FROM jobs WHERE id = ?", (job.id,))
+
+
+async def tombstone(transaction: Transaction, tenant: str, request_id: str) -> tuple[str, str] | None:
+    """The id and body hash of the deleted job that a request made, or None."""
+    rows = await transaction.fetch(
+        "SELECT job_id, request_sha256 FROM tombstones WHERE tenant = ? AND request_id = ?", (tenant, request_id)
+    )
+    return (rows[0]["job_id"], rows[0]["request_sha256"]) if rows else None

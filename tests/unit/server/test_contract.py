@@ -16,6 +16,7 @@ from luthier_server.grpc import boundary, convert, paging
 from luthier_server.ids import Ids
 from luthier_server.job import FAILED, TERMINAL, TRANSITIONS, IllegalTransition, Job, check_transition
 from luthier_server.store.datasets import Dataset
+from luthier_server.store.jobs import Checkpoint
 from luthier_server.store.models import Model
 
 
@@ -35,6 +36,7 @@ def a_job(**fields: Any) -> Job:
         create_time=1,
         start_time=2,
         end_time=3,
+        retry_time=4,
     )
     return dataclasses.replace(job, **fields)
 
@@ -46,6 +48,7 @@ def a_job(**fields: Any) -> Job:
         convert.dataset_proto(
             Dataset("ds_1", "default", "n", 1, "0" * 64, 1, 1, DatasetFormat.DATASET_FORMAT_MESSAGES, 1)
         ),
+        convert.checkpoint_proto(Checkpoint("job_1", 1, 1, "000001-a1", 1, 1)),
         convert.model_proto(Model("model_1", "default", "n", "job_1", "b", "lora", 1, 1, {"loss": 1.0}, 1)),
     ],
     ids=lambda message: type(message).__name__,

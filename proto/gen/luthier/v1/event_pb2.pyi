@@ -108,6 +108,7 @@ class JobEvent(google.protobuf.message.Message):
     SAMPLES_GENERATED_FIELD_NUMBER: builtins.int
     CHECKPOINT_SAVED_FIELD_NUMBER: builtins.int
     LOG_EMITTED_FIELD_NUMBER: builtins.int
+    RESUME_CHECKED_FIELD_NUMBER: builtins.int
     job_id: builtins.str
     """The job."""
     sequence: builtins.int
@@ -154,6 +155,10 @@ class JobEvent(google.protobuf.message.Message):
     def log_emitted(self) -> Global___LogEmitted:
         """A line for people."""
 
+    @property
+    def resume_checked(self) -> Global___ResumeChecked:
+        """Training that goes on was checked against what was recorded."""
+
     def __init__(
         self,
         *,
@@ -170,10 +175,11 @@ class JobEvent(google.protobuf.message.Message):
         samples_generated: Global___SamplesGenerated | None = ...,
         checkpoint_saved: Global___CheckpointSaved | None = ...,
         log_emitted: Global___LogEmitted | None = ...,
+        resume_checked: Global___ResumeChecked | None = ...,
     ) -> None: ...
-    def HasField(self, field_name: typing.Literal["attempt_started", b"attempt_started", "checkpoint_saved", b"checkpoint_saved", "evaluation_completed", b"evaluation_completed", "event_time", b"event_time", "log_emitted", b"log_emitted", "payload", b"payload", "phase_progressed", b"phase_progressed", "plan_resolved", b"plan_resolved", "samples_generated", b"samples_generated", "state_changed", b"state_changed", "step_completed", b"step_completed"]) -> builtins.bool: ...
-    def ClearField(self, field_name: typing.Literal["attempt", b"attempt", "attempt_started", b"attempt_started", "checkpoint_saved", b"checkpoint_saved", "evaluation_completed", b"evaluation_completed", "event_time", b"event_time", "job_id", b"job_id", "log_emitted", b"log_emitted", "payload", b"payload", "phase_progressed", b"phase_progressed", "plan_resolved", b"plan_resolved", "samples_generated", b"samples_generated", "sequence", b"sequence", "state_changed", b"state_changed", "step_completed", b"step_completed"]) -> None: ...
-    def WhichOneof(self, oneof_group: typing.Literal["payload", b"payload"]) -> typing.Literal["state_changed", "attempt_started", "plan_resolved", "phase_progressed", "step_completed", "evaluation_completed", "samples_generated", "checkpoint_saved", "log_emitted"] | None: ...
+    def HasField(self, field_name: typing.Literal["attempt_started", b"attempt_started", "checkpoint_saved", b"checkpoint_saved", "evaluation_completed", b"evaluation_completed", "event_time", b"event_time", "log_emitted", b"log_emitted", "payload", b"payload", "phase_progressed", b"phase_progressed", "plan_resolved", b"plan_resolved", "resume_checked", b"resume_checked", "samples_generated", b"samples_generated", "state_changed", b"state_changed", "step_completed", b"step_completed"]) -> builtins.bool: ...
+    def ClearField(self, field_name: typing.Literal["attempt", b"attempt", "attempt_started", b"attempt_started", "checkpoint_saved", b"checkpoint_saved", "evaluation_completed", b"evaluation_completed", "event_time", b"event_time", "job_id", b"job_id", "log_emitted", b"log_emitted", "payload", b"payload", "phase_progressed", b"phase_progressed", "plan_resolved", b"plan_resolved", "resume_checked", b"resume_checked", "samples_generated", b"samples_generated", "sequence", b"sequence", "state_changed", b"state_changed", "step_completed", b"step_completed"]) -> None: ...
+    def WhichOneof(self, oneof_group: typing.Literal["payload", b"payload"]) -> typing.Literal["state_changed", "attempt_started", "plan_resolved", "phase_progressed", "step_completed", "evaluation_completed", "samples_generated", "checkpoint_saved", "log_emitted", "resume_checked"] | None: ...
 
 Global___JobEvent: typing_extensions.TypeAlias = JobEvent
 
@@ -567,3 +573,39 @@ class LogEmitted(google.protobuf.message.Message):
     def ClearField(self, field_name: typing.Literal["level", b"level", "message", b"message"]) -> None: ...
 
 Global___LogEmitted: typing_extensions.TypeAlias = LogEmitted
+
+@typing.final
+class ResumeChecked(google.protobuf.message.Message):
+    """Training that goes on from a checkpoint was checked: the loss of the next batch, without dropout, as it was computed
+    when the checkpoint was saved and as it is now.
+    """
+
+    DESCRIPTOR: google.protobuf.descriptor.Descriptor
+
+    STEP_FIELD_NUMBER: builtins.int
+    VERIFIED_FIELD_NUMBER: builtins.int
+    RECORDED_LOSS_FIELD_NUMBER: builtins.int
+    RECOMPUTED_LOSS_FIELD_NUMBER: builtins.int
+    MESSAGE_FIELD_NUMBER: builtins.int
+    step: builtins.int
+    """The step of the checkpoint."""
+    verified: builtins.bool
+    """Whether both losses are equal to the last bit."""
+    recorded_loss: builtins.float
+    """The loss noted in the checkpoint."""
+    recomputed_loss: builtins.float
+    """The loss computed now."""
+    message: builtins.str
+    """`resume verified`, or what differs: the device, the dtype, the number of threads, ..."""
+    def __init__(
+        self,
+        *,
+        step: builtins.int = ...,
+        verified: builtins.bool = ...,
+        recorded_loss: builtins.float = ...,
+        recomputed_loss: builtins.float = ...,
+        message: builtins.str = ...,
+    ) -> None: ...
+    def ClearField(self, field_name: typing.Literal["message", b"message", "recomputed_loss", b"recomputed_loss", "recorded_loss", b"recorded_loss", "step", b"step", "verified", b"verified"]) -> None: ...
+
+Global___ResumeChecked: typing_extensions.TypeAlias = ResumeChecked

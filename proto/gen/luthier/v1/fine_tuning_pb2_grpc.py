@@ -60,6 +60,26 @@ class FineTuningStub(object):
                 request_serializer=luthier_dot_v1_dot_fine__tuning__pb2.WatchJobRequest.SerializeToString,
                 response_deserializer=luthier_dot_v1_dot_fine__tuning__pb2.WatchJobResponse.FromString,
                 _registered_method=True)
+        self.PauseJob = channel.unary_unary(
+                '/luthier.v1.FineTuning/PauseJob',
+                request_serializer=luthier_dot_v1_dot_fine__tuning__pb2.PauseJobRequest.SerializeToString,
+                response_deserializer=luthier_dot_v1_dot_fine__tuning__pb2.PauseJobResponse.FromString,
+                _registered_method=True)
+        self.ResumeJob = channel.unary_unary(
+                '/luthier.v1.FineTuning/ResumeJob',
+                request_serializer=luthier_dot_v1_dot_fine__tuning__pb2.ResumeJobRequest.SerializeToString,
+                response_deserializer=luthier_dot_v1_dot_fine__tuning__pb2.ResumeJobResponse.FromString,
+                _registered_method=True)
+        self.DeleteJob = channel.unary_unary(
+                '/luthier.v1.FineTuning/DeleteJob',
+                request_serializer=luthier_dot_v1_dot_fine__tuning__pb2.DeleteJobRequest.SerializeToString,
+                response_deserializer=luthier_dot_v1_dot_fine__tuning__pb2.DeleteJobResponse.FromString,
+                _registered_method=True)
+        self.ListCheckpoints = channel.unary_unary(
+                '/luthier.v1.FineTuning/ListCheckpoints',
+                request_serializer=luthier_dot_v1_dot_fine__tuning__pb2.ListCheckpointsRequest.SerializeToString,
+                response_deserializer=luthier_dot_v1_dot_fine__tuning__pb2.ListCheckpointsResponse.FromString,
+                _registered_method=True)
 
 
 class FineTuningServicer(object):
@@ -102,6 +122,34 @@ class FineTuningServicer(object):
         context.set_details('Method not implemented!')
         raise NotImplementedError('Method not implemented!')
 
+    def PauseJob(self, request, context):
+        """Asks a job to rest: its trainer saves a checkpoint and leaves; the slot and the memory are free. Returns at once.
+        """
+        context.set_code(grpc.StatusCode.UNIMPLEMENTED)
+        context.set_details('Method not implemented!')
+        raise NotImplementedError('Method not implemented!')
+
+    def ResumeJob(self, request, context):
+        """Puts a paused job back into the queue; it goes on from its newest good checkpoint.
+        """
+        context.set_code(grpc.StatusCode.UNIMPLEMENTED)
+        context.set_details('Method not implemented!')
+        raise NotImplementedError('Method not implemented!')
+
+    def DeleteJob(self, request, context):
+        """Deletes a job that has ended or is paused, with its events and checkpoints. Its model stays.
+        """
+        context.set_code(grpc.StatusCode.UNIMPLEMENTED)
+        context.set_details('Method not implemented!')
+        raise NotImplementedError('Method not implemented!')
+
+    def ListCheckpoints(self, request, context):
+        """Lists the checkpoints that a job has on disk, newest first.
+        """
+        context.set_code(grpc.StatusCode.UNIMPLEMENTED)
+        context.set_details('Method not implemented!')
+        raise NotImplementedError('Method not implemented!')
+
 
 def add_FineTuningServicer_to_server(servicer, server):
     rpc_method_handlers = {
@@ -129,6 +177,26 @@ def add_FineTuningServicer_to_server(servicer, server):
                     servicer.WatchJob,
                     request_deserializer=luthier_dot_v1_dot_fine__tuning__pb2.WatchJobRequest.FromString,
                     response_serializer=luthier_dot_v1_dot_fine__tuning__pb2.WatchJobResponse.SerializeToString,
+            ),
+            'PauseJob': grpc.unary_unary_rpc_method_handler(
+                    servicer.PauseJob,
+                    request_deserializer=luthier_dot_v1_dot_fine__tuning__pb2.PauseJobRequest.FromString,
+                    response_serializer=luthier_dot_v1_dot_fine__tuning__pb2.PauseJobResponse.SerializeToString,
+            ),
+            'ResumeJob': grpc.unary_unary_rpc_method_handler(
+                    servicer.ResumeJob,
+                    request_deserializer=luthier_dot_v1_dot_fine__tuning__pb2.ResumeJobRequest.FromString,
+                    response_serializer=luthier_dot_v1_dot_fine__tuning__pb2.ResumeJobResponse.SerializeToString,
+            ),
+            'DeleteJob': grpc.unary_unary_rpc_method_handler(
+                    servicer.DeleteJob,
+                    request_deserializer=luthier_dot_v1_dot_fine__tuning__pb2.DeleteJobRequest.FromString,
+                    response_serializer=luthier_dot_v1_dot_fine__tuning__pb2.DeleteJobResponse.SerializeToString,
+            ),
+            'ListCheckpoints': grpc.unary_unary_rpc_method_handler(
+                    servicer.ListCheckpoints,
+                    request_deserializer=luthier_dot_v1_dot_fine__tuning__pb2.ListCheckpointsRequest.FromString,
+                    response_serializer=luthier_dot_v1_dot_fine__tuning__pb2.ListCheckpointsResponse.SerializeToString,
             ),
     }
     generic_handler = grpc.method_handlers_generic_handler(
@@ -267,6 +335,114 @@ class FineTuning(object):
             '/luthier.v1.FineTuning/WatchJob',
             luthier_dot_v1_dot_fine__tuning__pb2.WatchJobRequest.SerializeToString,
             luthier_dot_v1_dot_fine__tuning__pb2.WatchJobResponse.FromString,
+            options,
+            channel_credentials,
+            insecure,
+            call_credentials,
+            compression,
+            wait_for_ready,
+            timeout,
+            metadata,
+            _registered_method=True)
+
+    @staticmethod
+    def PauseJob(request,
+            target,
+            options=(),
+            channel_credentials=None,
+            call_credentials=None,
+            insecure=False,
+            compression=None,
+            wait_for_ready=None,
+            timeout=None,
+            metadata=None):
+        return grpc.experimental.unary_unary(
+            request,
+            target,
+            '/luthier.v1.FineTuning/PauseJob',
+            luthier_dot_v1_dot_fine__tuning__pb2.PauseJobRequest.SerializeToString,
+            luthier_dot_v1_dot_fine__tuning__pb2.PauseJobResponse.FromString,
+            options,
+            channel_credentials,
+            insecure,
+            call_credentials,
+            compression,
+            wait_for_ready,
+            timeout,
+            metadata,
+            _registered_method=True)
+
+    @staticmethod
+    def ResumeJob(request,
+            target,
+            options=(),
+            channel_credentials=None,
+            call_credentials=None,
+            insecure=False,
+            compression=None,
+            wait_for_ready=None,
+            timeout=None,
+            metadata=None):
+        return grpc.experimental.unary_unary(
+            request,
+            target,
+            '/luthier.v1.FineTuning/ResumeJob',
+            luthier_dot_v1_dot_fine__tuning__pb2.ResumeJobRequest.SerializeToString,
+            luthier_dot_v1_dot_fine__tuning__pb2.ResumeJobResponse.FromString,
+            options,
+            channel_credentials,
+            insecure,
+            call_credentials,
+            compression,
+            wait_for_ready,
+            timeout,
+            metadata,
+            _registered_method=True)
+
+    @staticmethod
+    def DeleteJob(request,
+            target,
+            options=(),
+            channel_credentials=None,
+            call_credentials=None,
+            insecure=False,
+            compression=None,
+            wait_for_ready=None,
+            timeout=None,
+            metadata=None):
+        return grpc.experimental.unary_unary(
+            request,
+            target,
+            '/luthier.v1.FineTuning/DeleteJob',
+            luthier_dot_v1_dot_fine__tuning__pb2.DeleteJobRequest.SerializeToString,
+            luthier_dot_v1_dot_fine__tuning__pb2.DeleteJobResponse.FromString,
+            options,
+            channel_credentials,
+            insecure,
+            call_credentials,
+            compression,
+            wait_for_ready,
+            timeout,
+            metadata,
+            _registered_method=True)
+
+    @staticmethod
+    def ListCheckpoints(request,
+            target,
+            options=(),
+            channel_credentials=None,
+            call_credentials=None,
+            insecure=False,
+            compression=None,
+            wait_for_ready=None,
+            timeout=None,
+            metadata=None):
+        return grpc.experimental.unary_unary(
+            request,
+            target,
+            '/luthier.v1.FineTuning/ListCheckpoints',
+            luthier_dot_v1_dot_fine__tuning__pb2.ListCheckpointsRequest.SerializeToString,
+            luthier_dot_v1_dot_fine__tuning__pb2.ListCheckpointsResponse.FromString,
             options,
             channel_credentials,
             insecure,

@@ -105,7 +105,71 @@ _FineTuningWatchJobType = typing_extensions.TypeVar(
     ],
 )
 
-class FineTuningStub(typing.Generic[_FineTuningCreateJobType, _FineTuningGetJobType, _FineTuningListJobsType, _FineTuningCancelJobType, _FineTuningWatchJobType]):
+_FineTuningPauseJobType = typing_extensions.TypeVar(
+    '_FineTuningPauseJobType',
+    grpc.UnaryUnaryMultiCallable[
+        luthier.v1.fine_tuning_pb2.PauseJobRequest,
+        luthier.v1.fine_tuning_pb2.PauseJobResponse,
+    ],
+    grpc.aio.UnaryUnaryMultiCallable[
+        luthier.v1.fine_tuning_pb2.PauseJobRequest,
+        luthier.v1.fine_tuning_pb2.PauseJobResponse,
+    ],
+    default=grpc.UnaryUnaryMultiCallable[
+        luthier.v1.fine_tuning_pb2.PauseJobRequest,
+        luthier.v1.fine_tuning_pb2.PauseJobResponse,
+    ],
+)
+
+_FineTuningResumeJobType = typing_extensions.TypeVar(
+    '_FineTuningResumeJobType',
+    grpc.UnaryUnaryMultiCallable[
+        luthier.v1.fine_tuning_pb2.ResumeJobRequest,
+        luthier.v1.fine_tuning_pb2.ResumeJobResponse,
+    ],
+    grpc.aio.UnaryUnaryMultiCallable[
+        luthier.v1.fine_tuning_pb2.ResumeJobRequest,
+        luthier.v1.fine_tuning_pb2.ResumeJobResponse,
+    ],
+    default=grpc.UnaryUnaryMultiCallable[
+        luthier.v1.fine_tuning_pb2.ResumeJobRequest,
+        luthier.v1.fine_tuning_pb2.ResumeJobResponse,
+    ],
+)
+
+_FineTuningDeleteJobType = typing_extensions.TypeVar(
+    '_FineTuningDeleteJobType',
+    grpc.UnaryUnaryMultiCallable[
+        luthier.v1.fine_tuning_pb2.DeleteJobRequest,
+        luthier.v1.fine_tuning_pb2.DeleteJobResponse,
+    ],
+    grpc.aio.UnaryUnaryMultiCallable[
+        luthier.v1.fine_tuning_pb2.DeleteJobRequest,
+        luthier.v1.fine_tuning_pb2.DeleteJobResponse,
+    ],
+    default=grpc.UnaryUnaryMultiCallable[
+        luthier.v1.fine_tuning_pb2.DeleteJobRequest,
+        luthier.v1.fine_tuning_pb2.DeleteJobResponse,
+    ],
+)
+
+_FineTuningListCheckpointsType = typing_extensions.TypeVar(
+    '_FineTuningListCheckpointsType',
+    grpc.UnaryUnaryMultiCallable[
+        luthier.v1.fine_tuning_pb2.ListCheckpointsRequest,
+        luthier.v1.fine_tuning_pb2.ListCheckpointsResponse,
+    ],
+    grpc.aio.UnaryUnaryMultiCallable[
+        luthier.v1.fine_tuning_pb2.ListCheckpointsRequest,
+        luthier.v1.fine_tuning_pb2.ListCheckpointsResponse,
+    ],
+    default=grpc.UnaryUnaryMultiCallable[
+        luthier.v1.fine_tuning_pb2.ListCheckpointsRequest,
+        luthier.v1.fine_tuning_pb2.ListCheckpointsResponse,
+    ],
+)
+
+class FineTuningStub(typing.Generic[_FineTuningCreateJobType, _FineTuningGetJobType, _FineTuningListJobsType, _FineTuningCancelJobType, _FineTuningWatchJobType, _FineTuningPauseJobType, _FineTuningResumeJobType, _FineTuningDeleteJobType, _FineTuningListCheckpointsType]):
     """Fine-tuning jobs: create, look at, cancel, watch."""
 
     @typing.overload
@@ -129,6 +193,22 @@ class FineTuningStub(typing.Generic[_FineTuningCreateJobType, _FineTuningGetJobT
         grpc.UnaryStreamMultiCallable[
             luthier.v1.fine_tuning_pb2.WatchJobRequest,
             luthier.v1.fine_tuning_pb2.WatchJobResponse,
+        ],
+        grpc.UnaryUnaryMultiCallable[
+            luthier.v1.fine_tuning_pb2.PauseJobRequest,
+            luthier.v1.fine_tuning_pb2.PauseJobResponse,
+        ],
+        grpc.UnaryUnaryMultiCallable[
+            luthier.v1.fine_tuning_pb2.ResumeJobRequest,
+            luthier.v1.fine_tuning_pb2.ResumeJobResponse,
+        ],
+        grpc.UnaryUnaryMultiCallable[
+            luthier.v1.fine_tuning_pb2.DeleteJobRequest,
+            luthier.v1.fine_tuning_pb2.DeleteJobResponse,
+        ],
+        grpc.UnaryUnaryMultiCallable[
+            luthier.v1.fine_tuning_pb2.ListCheckpointsRequest,
+            luthier.v1.fine_tuning_pb2.ListCheckpointsResponse,
         ],
     ], channel: grpc.Channel) -> None: ...
 
@@ -154,6 +234,22 @@ class FineTuningStub(typing.Generic[_FineTuningCreateJobType, _FineTuningGetJobT
             luthier.v1.fine_tuning_pb2.WatchJobRequest,
             luthier.v1.fine_tuning_pb2.WatchJobResponse,
         ],
+        grpc.aio.UnaryUnaryMultiCallable[
+            luthier.v1.fine_tuning_pb2.PauseJobRequest,
+            luthier.v1.fine_tuning_pb2.PauseJobResponse,
+        ],
+        grpc.aio.UnaryUnaryMultiCallable[
+            luthier.v1.fine_tuning_pb2.ResumeJobRequest,
+            luthier.v1.fine_tuning_pb2.ResumeJobResponse,
+        ],
+        grpc.aio.UnaryUnaryMultiCallable[
+            luthier.v1.fine_tuning_pb2.DeleteJobRequest,
+            luthier.v1.fine_tuning_pb2.DeleteJobResponse,
+        ],
+        grpc.aio.UnaryUnaryMultiCallable[
+            luthier.v1.fine_tuning_pb2.ListCheckpointsRequest,
+            luthier.v1.fine_tuning_pb2.ListCheckpointsResponse,
+        ],
     ], channel: grpc.aio.Channel) -> None: ...
 
     CreateJob: _FineTuningCreateJobType
@@ -172,6 +268,18 @@ class FineTuningStub(typing.Generic[_FineTuningCreateJobType, _FineTuningGetJobT
     """Streams a job's events from any position: ordered, without a gap, each durable before it is sent. Status OK only
     after the terminal event; any other end means: watch again from the last cursor.
     """
+
+    PauseJob: _FineTuningPauseJobType
+    """Asks a job to rest: its trainer saves a checkpoint and leaves; the slot and the memory are free. Returns at once."""
+
+    ResumeJob: _FineTuningResumeJobType
+    """Puts a paused job back into the queue; it goes on from its newest good checkpoint."""
+
+    DeleteJob: _FineTuningDeleteJobType
+    """Deletes a job that has ended or is paused, with its events and checkpoints. Its model stays."""
+
+    ListCheckpoints: _FineTuningListCheckpointsType
+    """Lists the checkpoints that a job has on disk, newest first."""
 
 FineTuningAsyncStub: typing_extensions.TypeAlias = FineTuningStub[
     grpc.aio.UnaryUnaryMultiCallable[
@@ -193,6 +301,22 @@ FineTuningAsyncStub: typing_extensions.TypeAlias = FineTuningStub[
     grpc.aio.UnaryStreamMultiCallable[
         luthier.v1.fine_tuning_pb2.WatchJobRequest,
         luthier.v1.fine_tuning_pb2.WatchJobResponse,
+    ],
+    grpc.aio.UnaryUnaryMultiCallable[
+        luthier.v1.fine_tuning_pb2.PauseJobRequest,
+        luthier.v1.fine_tuning_pb2.PauseJobResponse,
+    ],
+    grpc.aio.UnaryUnaryMultiCallable[
+        luthier.v1.fine_tuning_pb2.ResumeJobRequest,
+        luthier.v1.fine_tuning_pb2.ResumeJobResponse,
+    ],
+    grpc.aio.UnaryUnaryMultiCallable[
+        luthier.v1.fine_tuning_pb2.DeleteJobRequest,
+        luthier.v1.fine_tuning_pb2.DeleteJobResponse,
+    ],
+    grpc.aio.UnaryUnaryMultiCallable[
+        luthier.v1.fine_tuning_pb2.ListCheckpointsRequest,
+        luthier.v1.fine_tuning_pb2.ListCheckpointsResponse,
     ],
 ]
 
@@ -240,5 +364,37 @@ class FineTuningServicer(metaclass=abc.ABCMeta):
         """Streams a job's events from any position: ordered, without a gap, each durable before it is sent. Status OK only
         after the terminal event; any other end means: watch again from the last cursor.
         """
+
+    @abc.abstractmethod
+    def PauseJob(
+        self,
+        request: luthier.v1.fine_tuning_pb2.PauseJobRequest,
+        context: _ServicerContext,
+    ) -> typing.Union[luthier.v1.fine_tuning_pb2.PauseJobResponse, collections.abc.Awaitable[luthier.v1.fine_tuning_pb2.PauseJobResponse]]:
+        """Asks a job to rest: its trainer saves a checkpoint and leaves; the slot and the memory are free. Returns at once."""
+
+    @abc.abstractmethod
+    def ResumeJob(
+        self,
+        request: luthier.v1.fine_tuning_pb2.ResumeJobRequest,
+        context: _ServicerContext,
+    ) -> typing.Union[luthier.v1.fine_tuning_pb2.ResumeJobResponse, collections.abc.Awaitable[luthier.v1.fine_tuning_pb2.ResumeJobResponse]]:
+        """Puts a paused job back into the queue; it goes on from its newest good checkpoint."""
+
+    @abc.abstractmethod
+    def DeleteJob(
+        self,
+        request: luthier.v1.fine_tuning_pb2.DeleteJobRequest,
+        context: _ServicerContext,
+    ) -> typing.Union[luthier.v1.fine_tuning_pb2.DeleteJobResponse, collections.abc.Awaitable[luthier.v1.fine_tuning_pb2.DeleteJobResponse]]:
+        """Deletes a job that has ended or is paused, with its events and checkpoints. Its model stays."""
+
+    @abc.abstractmethod
+    def ListCheckpoints(
+        self,
+        request: luthier.v1.fine_tuning_pb2.ListCheckpointsRequest,
+        context: _ServicerContext,
+    ) -> typing.Union[luthier.v1.fine_tuning_pb2.ListCheckpointsResponse, collections.abc.Awaitable[luthier.v1.fine_tuning_pb2.ListCheckpointsResponse]]:
+        """Lists the checkpoints that a job has on disk, newest first."""
 
 def add_FineTuningServicer_to_server(servicer: FineTuningServicer, server: typing.Union[grpc.Server, grpc.aio.Server]) -> None: ...

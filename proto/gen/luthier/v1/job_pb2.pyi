@@ -148,6 +148,7 @@ class Job(google.protobuf.message.Message):
     START_TIME_FIELD_NUMBER: builtins.int
     END_TIME_FIELD_NUMBER: builtins.int
     QUEUE_POSITION_FIELD_NUMBER: builtins.int
+    RETRY_TIME_FIELD_NUMBER: builtins.int
     id: builtins.str
     """`job_` and a ULID: ids sort by creation time."""
     state: Global___JobState.ValueType
@@ -190,6 +191,10 @@ class Job(google.protobuf.message.Message):
     def end_time(self) -> google.protobuf.timestamp_pb2.Timestamp:
         """When a terminal state was reached."""
 
+    @property
+    def retry_time(self) -> google.protobuf.timestamp_pb2.Timestamp:
+        """Not before this will a lost attempt be tried again; unset when nothing is waited for."""
+
     def __init__(
         self,
         *,
@@ -207,9 +212,10 @@ class Job(google.protobuf.message.Message):
         start_time: google.protobuf.timestamp_pb2.Timestamp | None = ...,
         end_time: google.protobuf.timestamp_pb2.Timestamp | None = ...,
         queue_position: builtins.int = ...,
+        retry_time: google.protobuf.timestamp_pb2.Timestamp | None = ...,
     ) -> None: ...
-    def HasField(self, field_name: typing.Literal["create_time", b"create_time", "end_time", b"end_time", "error", b"error", "progress", b"progress", "resolved_spec", b"resolved_spec", "spec", b"spec", "start_time", b"start_time"]) -> builtins.bool: ...
-    def ClearField(self, field_name: typing.Literal["attempt", b"attempt", "create_time", b"create_time", "end_time", b"end_time", "error", b"error", "history_id", b"history_id", "id", b"id", "last_sequence", b"last_sequence", "model_id", b"model_id", "progress", b"progress", "queue_position", b"queue_position", "resolved_spec", b"resolved_spec", "spec", b"spec", "start_time", b"start_time", "state", b"state"]) -> None: ...
+    def HasField(self, field_name: typing.Literal["create_time", b"create_time", "end_time", b"end_time", "error", b"error", "progress", b"progress", "resolved_spec", b"resolved_spec", "retry_time", b"retry_time", "spec", b"spec", "start_time", b"start_time"]) -> builtins.bool: ...
+    def ClearField(self, field_name: typing.Literal["attempt", b"attempt", "create_time", b"create_time", "end_time", b"end_time", "error", b"error", "history_id", b"history_id", "id", b"id", "last_sequence", b"last_sequence", "model_id", b"model_id", "progress", b"progress", "queue_position", b"queue_position", "resolved_spec", b"resolved_spec", "retry_time", b"retry_time", "spec", b"spec", "start_time", b"start_time", "state", b"state"]) -> None: ...
 
 Global___Job: typing_extensions.TypeAlias = Job
 
@@ -328,7 +334,7 @@ class JobSpec(google.protobuf.message.Message):
     priority: builtins.int
     """Higher runs earlier. Not honoured yet: leave it unset."""
     max_retries: builtins.int
-    """How often a lost attempt is tried again from its newest checkpoint. Default 0."""
+    """How often a lost attempt is tried again from its newest good checkpoint, after growing waits. Default 2."""
     @property
     def labels(self) -> google.protobuf.internal.containers.ScalarMap[builtins.str, builtins.str]:
         """Free labels to list jobs by; at most 32."""
@@ -399,6 +405,7 @@ class FineTuneTask(google.protobuf.message.Message):
     EVALUATION_FIELD_NUMBER: builtins.int
     CHECKPOINTS_FIELD_NUMBER: builtins.int
     SUFFIX_FIELD_NUMBER: builtins.int
+    RESUME_FROM_FIELD_NUMBER: builtins.int
     base_model: builtins.str
     """A hub id (`Qwen/Qwen2.5-0.5B`), a directory under a root that the operator allows, `builtin/tiny`, a directory
     with a PEFT adapter (continued training), or the id of a model that Luthier made (continued training).
@@ -415,6 +422,10 @@ class FineTuneTask(google.protobuf.message.Message):
     """The name of a secret that the operator configured, which holds a hub token. Never the token itself."""
     suffix: builtins.str
     """A short name that becomes part of the model's name."""
+    resume_from: builtins.str
+    """A checkpoint of another job, `job_...:step-200`, to go on from as if that job had not ended: with its optimizer,
+    schedule and data position. Base model, datasets and adaptation must be that job's.
+    """
     @property
     def sft(self) -> Global___Sft:
         """Supervised fine-tuning: cross-entropy of the assistant's tokens."""
@@ -455,9 +466,10 @@ class FineTuneTask(google.protobuf.message.Message):
         evaluation: Global___Evaluation | None = ...,
         checkpoints: Global___Checkpoints | None = ...,
         suffix: builtins.str = ...,
+        resume_from: builtins.str = ...,
     ) -> None: ...
     def HasField(self, field_name: typing.Literal["_validation_fraction", b"_validation_fraction", "adaptation", b"adaptation", "checkpoints", b"checkpoints", "evaluation", b"evaluation", "full", b"full", "hyperparameters", b"hyperparameters", "lora", b"lora", "objective", b"objective", "sft", b"sft", "validation_fraction", b"validation_fraction"]) -> builtins.bool: ...
-    def ClearField(self, field_name: typing.Literal["_validation_fraction", b"_validation_fraction", "adaptation", b"adaptation", "base_model", b"base_model", "base_model_revision", b"base_model_revision", "checkpoints", b"checkpoints", "evaluation", b"evaluation", "full", b"full", "hub_token_secret", b"hub_token_secret", "hyperparameters", b"hyperparameters", "lora", b"lora", "objective", b"objective", "sft", b"sft", "suffix", b"suffix", "training_dataset", b"training_dataset", "validation_dataset", b"validation_dataset", "validation_fraction", b"validation_fraction"]) -> None: ...
+    def ClearField(self, field_name: typing.Literal["_validation_fraction", b"_validation_fraction", "adaptation", b"adaptation", "base_model", b"base_model", "base_model_revision", b"base_model_revision", "checkpoints", b"checkpoints", "evaluation", b"evaluation", "full", b"full", "hub_token_secret", b"hub_token_secret", "hyperparameters", b"hyperparameters", "lora", b"lora", "objective", b"objective", "resume_from", b"resume_from", "sft", b"sft", "suffix", b"suffix", "training_dataset", b"training_dataset", "validation_dataset", b"validation_dataset", "validation_fraction", b"validation_fraction"]) -> None: ...
     @typing.overload
     def WhichOneof(self, oneof_group: typing.Literal["_validation_fraction", b"_validation_fraction"]) -> typing.Literal["validation_fraction"] | None: ...
     @typing.overload

@@ -42,6 +42,7 @@ class TrainerReport(google.protobuf.message.Message):
     FINISHED_FIELD_NUMBER: builtins.int
     FAILED_FIELD_NUMBER: builtins.int
     STOPPED_FIELD_NUMBER: builtins.int
+    RESUME_CHECKED_FIELD_NUMBER: builtins.int
     sequence: builtins.int
     """Dense from 1 per attempt."""
     @property
@@ -96,6 +97,10 @@ class TrainerReport(google.protobuf.message.Message):
     def stopped(self) -> Global___Stopped:
         """The trainer leaves because it was asked to; always last."""
 
+    @property
+    def resume_checked(self) -> luthier.v1.event_pb2.ResumeChecked:
+        """Training that goes on was checked against what was recorded."""
+
     def __init__(
         self,
         *,
@@ -113,10 +118,11 @@ class TrainerReport(google.protobuf.message.Message):
         finished: Global___Finished | None = ...,
         failed: Global___Failed | None = ...,
         stopped: Global___Stopped | None = ...,
+        resume_checked: luthier.v1.event_pb2.ResumeChecked | None = ...,
     ) -> None: ...
-    def HasField(self, field_name: typing.Literal["checkpoint_saved", b"checkpoint_saved", "evaluation_completed", b"evaluation_completed", "failed", b"failed", "finished", b"finished", "heartbeat", b"heartbeat", "log_emitted", b"log_emitted", "payload", b"payload", "phase_progressed", b"phase_progressed", "plan_resolved", b"plan_resolved", "samples_generated", b"samples_generated", "started", b"started", "step_completed", b"step_completed", "stopped", b"stopped", "time", b"time"]) -> builtins.bool: ...
-    def ClearField(self, field_name: typing.Literal["checkpoint_saved", b"checkpoint_saved", "evaluation_completed", b"evaluation_completed", "failed", b"failed", "finished", b"finished", "heartbeat", b"heartbeat", "log_emitted", b"log_emitted", "payload", b"payload", "phase_progressed", b"phase_progressed", "plan_resolved", b"plan_resolved", "samples_generated", b"samples_generated", "sequence", b"sequence", "started", b"started", "step_completed", b"step_completed", "stopped", b"stopped", "time", b"time"]) -> None: ...
-    def WhichOneof(self, oneof_group: typing.Literal["payload", b"payload"]) -> typing.Literal["started", "plan_resolved", "phase_progressed", "step_completed", "evaluation_completed", "samples_generated", "checkpoint_saved", "log_emitted", "heartbeat", "finished", "failed", "stopped"] | None: ...
+    def HasField(self, field_name: typing.Literal["checkpoint_saved", b"checkpoint_saved", "evaluation_completed", b"evaluation_completed", "failed", b"failed", "finished", b"finished", "heartbeat", b"heartbeat", "log_emitted", b"log_emitted", "payload", b"payload", "phase_progressed", b"phase_progressed", "plan_resolved", b"plan_resolved", "resume_checked", b"resume_checked", "samples_generated", b"samples_generated", "started", b"started", "step_completed", b"step_completed", "stopped", b"stopped", "time", b"time"]) -> builtins.bool: ...
+    def ClearField(self, field_name: typing.Literal["checkpoint_saved", b"checkpoint_saved", "evaluation_completed", b"evaluation_completed", "failed", b"failed", "finished", b"finished", "heartbeat", b"heartbeat", "log_emitted", b"log_emitted", "payload", b"payload", "phase_progressed", b"phase_progressed", "plan_resolved", b"plan_resolved", "resume_checked", b"resume_checked", "samples_generated", b"samples_generated", "sequence", b"sequence", "started", b"started", "step_completed", b"step_completed", "stopped", b"stopped", "time", b"time"]) -> None: ...
+    def WhichOneof(self, oneof_group: typing.Literal["payload", b"payload"]) -> typing.Literal["started", "plan_resolved", "phase_progressed", "step_completed", "evaluation_completed", "samples_generated", "checkpoint_saved", "log_emitted", "heartbeat", "finished", "failed", "stopped", "resume_checked"] | None: ...
 
 Global___TrainerReport: typing_extensions.TypeAlias = TrainerReport
 

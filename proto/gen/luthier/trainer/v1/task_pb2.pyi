@@ -72,6 +72,7 @@ class TrainerTask(google.protobuf.message.Message):
     MODEL_ID_FIELD_NUMBER: builtins.int
     COMPUTED_TOKENS_FIELD_NUMBER: builtins.int
     PUPPET_FIELD_NUMBER: builtins.int
+    RESUME_FALLBACKS_FIELD_NUMBER: builtins.int
     job_id: builtins.str
     """The job."""
     attempt: builtins.int
@@ -118,6 +119,10 @@ class TrainerTask(google.protobuf.message.Message):
     def puppet(self) -> Global___Puppet:
         """For tests: train nothing, and report like a trainer that does."""
 
+    @property
+    def resume_fallbacks(self) -> google.protobuf.internal.containers.RepeatedScalarFieldContainer[builtins.str]:
+        """Checkpoint directories to try in this order when resume_from is damaged."""
+
     def __init__(
         self,
         *,
@@ -138,9 +143,10 @@ class TrainerTask(google.protobuf.message.Message):
         model_id: builtins.str = ...,
         computed_tokens: builtins.int = ...,
         puppet: Global___Puppet | None = ...,
+        resume_fallbacks: collections.abc.Iterable[builtins.str] | None = ...,
     ) -> None: ...
     def HasField(self, field_name: typing.Literal["base_model", b"base_model", "puppet", b"puppet", "spec", b"spec", "training_dataset", b"training_dataset", "validation_dataset", b"validation_dataset"]) -> builtins.bool: ...
-    def ClearField(self, field_name: typing.Literal["attempt", b"attempt", "base_model", b"base_model", "cache_dir", b"cache_dir", "checkpoints_dir", b"checkpoints_dir", "computed_tokens", b"computed_tokens", "cuda_devices", b"cuda_devices", "heartbeat_seconds", b"heartbeat_seconds", "job_id", b"job_id", "model_dir", b"model_dir", "model_id", b"model_id", "puppet", b"puppet", "resume_from", b"resume_from", "spec", b"spec", "threads", b"threads", "training_dataset", b"training_dataset", "validation_dataset", b"validation_dataset", "wake_socket", b"wake_socket"]) -> None: ...
+    def ClearField(self, field_name: typing.Literal["attempt", b"attempt", "base_model", b"base_model", "cache_dir", b"cache_dir", "checkpoints_dir", b"checkpoints_dir", "computed_tokens", b"computed_tokens", "cuda_devices", b"cuda_devices", "heartbeat_seconds", b"heartbeat_seconds", "job_id", b"job_id", "model_dir", b"model_dir", "model_id", b"model_id", "puppet", b"puppet", "resume_fallbacks", b"resume_fallbacks", "resume_from", b"resume_from", "spec", b"spec", "threads", b"threads", "training_dataset", b"training_dataset", "validation_dataset", b"validation_dataset", "wake_socket", b"wake_socket"]) -> None: ...
 
 Global___TrainerTask: typing_extensions.TypeAlias = TrainerTask
 
