@@ -1,5 +1,6 @@
 """Resume changes nothing."""
 
+import random
 from pathlib import Path
 from typing import Any
 
@@ -9,7 +10,8 @@ from safetensors.torch import load_file
 
 from luthier.trainer.v1.report_pb2 import Finished, Stopped
 from luthier.v1 import job_pb2
-from luthier_trainer import plan, sft
+from luthier.v1.event_pb2 import ResumeChecked
+from luthier_trainer import plan, resume, sft
 from luthier_trainer.control import NoControl
 from luthier_trainer.errors import TrainingError
 
@@ -87,19 +89,61 @@ def test_only_the_newest_checkpoints_stay(tmp_path: Path) -> None:
     assert sorted(each.name for each in (tmp_path / "checkpoints").iterdir()) == ["000004-a1", "000006-a1"]
 
 
-def test_a_damaged_checkpoint_is_refused(tmp_path: Path) -> None:
+@pytest.mark.parametrize("full", [False, True], ids=["lora-dropout", "full"])
+@pytest.mark.parametrize("evaluation", [None, EVERY_TWO], ids=["plain", "evaluated"])
+def test_five_stops_at_random_steps_change_no_bit(
+    tmp_path: Path, full: bool, evaluation: job_pb2.Evaluation | None
+) -> None:
     base, data = tiny_base(tmp_path), chats(tmp_path / "chats.jsonl")
-    recorder = Recorder()
-    sft.train(task(tmp_path, base, data, max_steps=5), recorder, StopAfter(recorder, 2))
-    checkpoint = tmp_path / "checkpoints" / "000002-a1"
-    file = checkpoint / "adapter_model.safetensors"
+    job: dict[str, Any] = {"full": full, "dropout": 0.0 if full else 0.2, "max_steps": 12, "evaluation": evaluation}
+    whole = Recorder()
+    sft.train(task(tmp_path / "straight", base, data, **job), whole, NoControl())
+
+    folder = tmp_path / "broken"
+    stops = sorted(random.Random(f"{full} {evaluation}").sample(range(1, 12), 5))
+    recorders: list[Recorder] = []
+    resume_from: Path | None = None
+    for attempt, stop in enumerate([*stops, 12], start=1):
+        recorder = Recorder()
+        request = task(folder, base, data, attempt=attempt, resume_from=resume_from, **job)
+        end = sft.train(request, recorder, StopAfter(recorder, stop) if stop < 12 else NoControl())
+        recorders.append(recorder)
+        if isinstance(end, Stopped):
+            assert end.step == stop
+            resume_from = folder / "checkpoints" / end.checkpoint
+    assert isinstance(end, Finished)
+
+    def numbers(recorder: Recorder) -> list[tuple[int, float, float, float, int]]:
+        return [(e.step, e.loss, e.learning_rate, e.grad_norm, e.trained_tokens) for e in recorder.steps()]
+
+    assert [each for recorder in recorders for each in numbers(recorder)] == numbers(whole)
+    assert weights(folder / "model") == weights(tmp_path / "straight" / "model")
+    checks = [each for recorder in recorders for each in recorder.reports if isinstance(each, ResumeChecked)]
+    assert [(each.step, each.verified, each.message) for each in checks] == [
+        (stop, True, "resume verified") for stop in stops
+    ]
+    assert all(each.recorded_loss == each.recomputed_loss > 0 for each in checks)
+
+
+def test_a_damaged_checkpoint_is_passed_over_and_the_end_is_the_same(tmp_path: Path) -> None:
+    base, data = tiny_base(tmp_path), chats(tmp_path / "chats.jsonl")
+    job: dict[str, Any] = {"max_steps": 6, "dropout": 0.2}
+    sft.train(task(tmp_path / "straight", base, data, **job), Recorder(), NoControl())
+    recorder, folder = Recorder(), tmp_path / "broken"
+    sft.train(task(folder, base, data, **job), recorder, StopAfter(recorder, 5))
+    newest, before = (folder / "checkpoints" / name for name in ("000005-a1", "000004-a1"))
+    file = newest / "adapter_model.safetensors"
     content = bytearray(file.read_bytes())
     content[-1] ^= 1
     file.write_bytes(content)
-    with pytest.raises(TrainingError) as caught:
-        sft.train(task(tmp_path, base, data, max_steps=5, resume_from=checkpoint), Recorder(), NoControl())
-    assert caught.value.reason == "CHECKPOINT_DAMAGED"
-    assert "adapter_model.safetensors" in caught.value.message
+    again = task(folder, base, data, attempt=2, resume_from=newest, **job)
+    again.resume_fallbacks.append(str(before))
+    chosen, said = resume.choose(again)
+    assert said == "The checkpoint 000005-a1 is damaged: adapter_model.safetensors. The job goes on from 000004-a1."
+    second = Recorder()
+    assert isinstance(sft.train(chosen, second, NoControl()), Finished)
+    assert [each.step for each in second.steps()] == [5, 6]
+    assert weights(folder / "model") == weights(tmp_path / "straight" / "model")
 
 
 def test_a_checkpoint_of_other_rows_is_refused(tmp_path: Path) -> None:

@@ -5,6 +5,7 @@ import errno
 import hashlib
 import json
 import os
+import re
 import shutil
 from collections.abc import Iterator
 from pathlib import Path
@@ -16,6 +17,24 @@ MANIFEST = "manifest.json"
 ASIDE = ".tmp-"
 _CHUNK = 1 << 20
 _NO_ROOM = (errno.ENOSPC, errno.EDQUOT, errno.EFBIG)
+_OS_ERROR = re.compile(r"\(os error (\d+)\)$", re.ASCII)
+
+
+def is_full(error: BaseException) -> bool:
+    """Whether an exception says that the disk, a quota or a file's limit is full.
+
+    safetensors and tokenizers are written in Rust and raise exceptions of their own, with the number in their text.
+    """
+    if isinstance(error, OSError):
+        return error.errno in _NO_ROOM
+    found = _OS_ERROR.search(str(error))
+    return found is not None and int(found[1]) in _NO_ROOM
+
+
+def storage_full(what: str) -> TrainingError:
+    """The error of something that could not be written because the disk is full; it cures itself with room."""
+    message = f"The disk is full: {what} could not be written."
+    return TrainingError("STORAGE_FULL", message, "Make room; the job goes on by itself then.", retryable=True)
 
 
 @contextlib.contextmanager
@@ -41,19 +60,11 @@ def new_directory(path: Path) -> Iterator[Path]:
             shutil.rmtree(path)
         aside.rename(path)
         _sync(path.parent)
-    except OSError as error:
+    except BaseException as error:
         shutil.rmtree(aside, ignore_errors=True)
-        if error.errno not in _NO_ROOM:
+        if not is_full(error):
             raise
-        raise TrainingError(
-            "STORAGE_FULL",
-            f"The disk is full: {path.name} could not be written.",
-            "Make room and resume the job.",
-            True,
-        ) from error
-    except BaseException:
-        shutil.rmtree(aside, ignore_errors=True)
-        raise
+        raise storage_full(path.name) from error
 
 
 def sweep(folder: Path) -> None:
@@ -85,13 +96,7 @@ def verify_manifest(folder: Path) -> None:
     """Raises TrainingError CHECKPOINT_DAMAGED when a file is missing or differs from what the manifest says."""
     try:
         files = json.loads((folder / MANIFEST).read_bytes())["files"]
-        wrong = [
-            name
-            for name, noted in files.items()
-            if not (folder / name).is_file()
-            or (folder / name).stat().st_size != noted["size_bytes"]
-            or _sha256(folder / name) != noted["sha256"]
-        ]
+        wrong = [name for name, noted in files.items() if not _is_whole(folder / name, noted)]
     except (OSError, ValueError, KeyError, TypeError, AttributeError):
         wrong = [MANIFEST]
     if wrong:
@@ -100,6 +105,15 @@ def verify_manifest(folder: Path) -> None:
             f"The checkpoint {folder.name} is damaged: {', '.join(wrong)}.",
             "Resume from an older checkpoint, or start the job anew.",
         )
+
+
+def _is_whole(file: Path, noted: dict[str, Any]) -> bool:
+    """Whether a file is what the manifest noted. One that cannot be read is as good as gone."""
+    size_bytes, sha256 = noted["size_bytes"], noted["sha256"]
+    try:
+        return file.is_file() and file.stat().st_size == size_bytes and _sha256(file) == sha256
+    except OSError:
+        return False
 
 
 def _files(folder: Path) -> list[Path]:

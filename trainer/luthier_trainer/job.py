@@ -15,7 +15,6 @@ from luthier.trainer.v1.task_pb2 import BaseModelSource, TrainerTask
 from luthier.v1 import event_pb2
 from luthier_trainer import checkpoint, durable, lora
 from luthier_trainer.batches import Batches
-from luthier_trainer.checkpoint import Counters, ResumedPlan, State
 from luthier_trainer.config import Places, Settings
 from luthier_trainer.data import render, tokenised
 from luthier_trainer.data.tokenised import TokenisedRows
@@ -29,6 +28,7 @@ from luthier_trainer.plan import Compute, attention_name, choose_compute, micro_
 from luthier_trainer.probe import choose_forward
 from luthier_trainer.report import Reporter
 from luthier_trainer.schedule import warmup_steps
+from luthier_trainer.state import Counters, ResumedPlan, State, read_state
 from luthier_trainer.stop import Check
 from luthier_trainer.throughput import Throughput
 
@@ -44,7 +44,9 @@ class Evaluated:
 @dataclass
 class Job:
     """The parts of a job. `counters`, `batches` (its budget shrinks when memory runs out) and `saved` change; the rest
-    is decided once. `saved` names the newest checkpoint's step and directory; step 0 needs none."""
+    is decided once. `saved` names the newest checkpoint's step and directory; step 0 needs none. `resumed` is what the
+    checkpoint said that was taken up. Of the steps up to `told` everything was reported, -1 for nothing at all, and
+    those of `left_out` are made without an update: see `divergence`."""
 
     task: TrainerTask
     settings: Settings
@@ -68,6 +70,9 @@ class Job:
     notes: list[str]
     counters: Counters
     saved: tuple[int, str]
+    resumed: State | None
+    told: int = -1
+    left_out: frozenset[int] = frozenset()
 
     @property
     def epoch(self) -> float:
@@ -75,15 +80,19 @@ class Job:
         return self.counters.step / self.order.steps_per_epoch
 
     def state(self) -> State:
-        """What a checkpoint notes."""
-        plan = ResumedPlan(
+        """What a checkpoint notes, but for the loss of the next batch."""
+        rows = _identity(self.task, self.rows, self.order)
+        return State(self.task.job_id, self.counters, self.resumed_plan(), rows)
+
+    def resumed_plan(self) -> ResumedPlan:
+        """What a continuation must share."""
+        return ResumedPlan(
             device=str(self.compute.device),
             dtype=dtype_name(self.compute.dtype),
             attention=attention_name(self.forward, self.compute),
             micro_batch_tokens=self.batches.budget,
             threads=self.compute.threads,
         )
-        return State(self.task.job_id, self.counters, plan, _identity(self.task, self.rows, self.order))
 
     def plan(self) -> event_pb2.PlanResolved:
         """The plan for people."""
@@ -110,10 +119,11 @@ def dtype_name(dtype: torch.dtype) -> str:
 
 
 def set_up(task: TrainerTask, settings: Settings, places: Places, reporter: Reporter, check: Check) -> Job:
-    """Loads, tokenises, plans, and takes up a checkpoint. Raises TrainingError, and StopRequested between phases."""
+    """Loads, tokenises, plans, and takes up a checkpoint that was verified. Raises TrainingError, and StopRequested
+    between phases and while it tokenises."""
     durable.sweep(places.checkpoints)
     durable.sweep(places.model.parent)
-    resumed = checkpoint.load_state(places.resume_from) if places.resume_from else None
+    resumed = read_state(places.resume_from) if places.resume_from else None
     source = task.base_model
     reporter.report(event_pb2.PhaseProgressed(phase=event_pb2.PHASE_LOADING, unit="models", total=1))
     tokenizer = load_tokenizer(source)
@@ -126,9 +136,10 @@ def set_up(task: TrainerTask, settings: Settings, places: Places, reporter: Repo
         max_length=_max_length(settings, config),
         cache_dir=places.cache,
         reporter=reporter,
+        check=check,
     )
     check()
-    training, evaluated = _split(task, settings, config, tokenizer, rows, places, reporter)
+    training, evaluated = _split(task, settings, config, tokenizer, rows, places, reporter, check)
     order = RowOrder(training, settings.batch_size, settings.seed)
     sample_ids = [render.prompt_ids(tokenizer, [{"role": "user", "content": each}]) for each in settings.sample_prompts]
     check()
@@ -167,10 +178,11 @@ def set_up(task: TrainerTask, settings: Settings, places: Places, reporter: Repo
         notes=[*compute.notes, *notes, *_adapter_notes(task, settings, trained)],
         counters=resumed.counters if resumed else Counters(),
         saved=(resumed.counters.step, places.resume_from.name) if resumed and places.resume_from else (0, ""),
+        resumed=resumed,
     )
     job.counters.computed_tokens = max(job.counters.computed_tokens, task.computed_tokens)
     if resumed and places.resume_from:
-        if resumed.rows != job.state().rows:
+        if resumed.rows != _identity(task, rows, order):
             raise TrainingError(
                 "CHECKPOINT_MISMATCH",
                 f"The checkpoint {places.resume_from.name} was made with other rows than this task names.",
@@ -203,6 +215,7 @@ def _split(
     rows: TokenisedRows,
     places: Places,
     reporter: Reporter,
+    check: Check,
 ) -> tuple[Indices, Evaluated | None]:
     """The rows to train on, and those to evaluate."""
     if not task.HasField("validation_dataset"):
@@ -214,6 +227,7 @@ def _split(
         max_length=_max_length(settings, config),
         cache_dir=places.cache,
         reporter=reporter,
+        check=check,
     )
     return np.arange(len(rows)), Evaluated(validation, np.arange(len(validation)))
 

@@ -11,7 +11,8 @@ from pathlib import Path
 
 from luthier.trainer import attempt
 from luthier.trainer.v1 import report_pb2, task_pb2
-from luthier_trainer import puppet
+from luthier.v1 import event_pb2
+from luthier_trainer import durable, puppet, resume
 from luthier_trainer.control import Control, FileControl
 from luthier_trainer.errors import TrainingError
 from luthier_trainer.heartbeat import Heartbeat
@@ -64,9 +65,13 @@ def run_attempt(attempt_dir: Path, secrets: Mapping[str, str]) -> int:
 def _train(
     task: task_pb2.TrainerTask, reporter: Reporter, control: Control
 ) -> report_pb2.Finished | report_pb2.Stopped | report_pb2.Failed:
-    """Reports the start, trains with a beating heart, and makes a last report out of whatever happens."""
+    """Reports the start and what it goes on from, trains with a beating heart, and makes a last report out of whatever
+    happens."""
     try:
+        task, damaged = resume.choose(task)
         reporter.report(_started(task), durable=True)
+        if damaged:
+            reporter.report(event_pb2.LogEmitted(level=event_pb2.LOG_LEVEL_WARNING, message=damaged))
         with Heartbeat(reporter, task.heartbeat_seconds or _HEARTBEAT_SECONDS):
             if task.HasField("puppet"):
                 return puppet.perform(task, reporter, control)
@@ -87,6 +92,8 @@ def _started(task: task_pb2.TrainerTask) -> report_pb2.Started:
 def _failed(error: BaseException) -> report_pb2.Failed:
     if isinstance(error, TrainingError):
         return error.to_failed()
+    if durable.is_full(error):
+        return durable.storage_full("a file").to_failed()
     text = " ".join(str(error).split())[:500]
     if _is_out_of_memory(error):
         return TrainingError(

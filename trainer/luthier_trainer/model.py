@@ -16,6 +16,7 @@ from transformers import AutoConfig, AutoModelForCausalLM, AutoTokenizer, PreTra
 from transformers.utils import logging
 
 from luthier.trainer.v1.task_pb2 import BaseModelSource
+from luthier_trainer import durable
 from luthier_trainer.config import LoraSettings
 from luthier_trainer.errors import TrainingError
 
@@ -186,6 +187,8 @@ def _not_found(source: BaseModelSource) -> Iterator[None]:
     try:
         yield
     except (OSError, ValueError) as error:
+        if durable.is_full(error):  # a model of the hub is written to its cache
+            raise
         name = source.location if source.is_hub else os.path.basename(source.location)
         raise TrainingError(
             "MODEL_NOT_FOUND",

@@ -56,6 +56,14 @@ class Optimizer:
         self._masters.zero_gradients()
         return norm
 
+    def is_finite(self) -> bool:
+        """Whether every weight and both moments are finite; one pass over each, and no copy."""
+        flats = [self._masters.values]
+        for group in self._adam.param_groups:
+            flats += [state for name, state in self._adam.state[group["params"][0]].items() if name in _MOMENTS]
+        edges = torch.stack([edge for flat in flats for edge in torch.aminmax(flat)])  # a NaN is both edges
+        return bool(torch.isfinite(edges).all())
+
     def state(self) -> dict[str, torch.Tensor]:
         """The moments by weight and the count of updates; empty before the first step."""
         result: dict[str, torch.Tensor] = {}

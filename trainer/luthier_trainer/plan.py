@@ -7,9 +7,9 @@ import torch
 
 from luthier.trainer.v1.task_pb2 import TrainerTask
 from luthier.v1 import job_pb2
-from luthier_trainer.checkpoint import ResumedPlan
 from luthier_trainer.forward import Forward
 from luthier_trainer.probe import bfloat16_gain
+from luthier_trainer.state import ResumedPlan
 
 _CPU_TOKENS = 4096
 _CUDA_TOKENS = 16384

@@ -105,6 +105,7 @@ def _save_checkpoint(task: task_pb2.TrainerTask, step: int, reporter: Reporter) 
     with durable.new_directory(directory) as aside:
         state = {"job_id": task.job_id, "step": step, "loss": _loss(task.puppet, step)}
         durable.write_json(aside / "state.json", state)
+        durable.write_manifest(aside)
     size = durable.size(directory)
     reporter.report(checkpoint_saved(task.job_id, step, task.attempt, size), durable=True)
     return name

@@ -16,6 +16,7 @@ Payload = (
     | event_pb2.SamplesGenerated
     | event_pb2.CheckpointSaved
     | event_pb2.LogEmitted
+    | event_pb2.ResumeChecked
     | report_pb2.Heartbeat
     | report_pb2.Finished
     | report_pb2.Failed

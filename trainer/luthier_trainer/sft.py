@@ -4,23 +4,26 @@ import dataclasses
 import hashlib
 import math
 from collections.abc import Sequence
+from pathlib import Path
 
 import torch
 
 from luthier.trainer.v1.report_pb2 import Finished, Stopped
 from luthier.trainer.v1.task_pb2 import TrainerTask
 from luthier.v1 import event_pb2
-from luthier_trainer import checkpoint
+from luthier_trainer import checkpoint, recheck
 from luthier_trainer.config import read_places, read_settings
 from luthier_trainer.control import Control
-from luthier_trainer.errors import TrainingError
+from luthier_trainer.divergence import Carried, Diverged, leave_out, roll_back
 from luthier_trainer.evaluate import evaluate
 from luthier_trainer.flatten import Example, scored_tokens
 from luthier_trainer.job import Job, set_up
 from luthier_trainer.report import Reporter, checkpoint_saved
+from luthier_trainer.room import with_room
 from luthier_trainer.sample import answer
 from luthier_trainer.save import save_model
 from luthier_trainer.schedule import learning_rate
+from luthier_trainer.state import step_of, verified_state
 from luthier_trainer.stop import Check, StopRequested, check_of
 
 _SMALLEST_BUDGET = 64
@@ -30,23 +33,53 @@ _OUT_OF_MEMORY_TEXTS = ("can't allocate memory", "not enough memory", "out of me
 def train(task: TrainerTask, reporter: Reporter, control: Control) -> Finished | Stopped:
     """Trains what the task asks for and returns the attempt's last report.
 
-    The control is read between micro-batches: a stop leaves a checkpoint of the last whole step. Raises TrainingError
-    for what a person can act on; anything else is a bug or the machine's trouble, such as memory.
+    The checkpoint of `resume_from` was verified (`resume.choose`). The control is read between micro-batches: a stop
+    leaves a checkpoint of the last whole step. An update that destroys the weights sets the job up a second time, from
+    its newest checkpoint (`divergence`). Raises TrainingError for what a person can act on; anything else is a bug or
+    the machine's trouble, such as memory.
     """
     settings, places = read_settings(task), read_places(task)
     check = check_of(control)
-    job: Job | None = None
-    try:
-        job = set_up(task, settings, places, reporter, check)
-        reporter.report(job.plan(), durable=True)
-        _train(job, check)
-        check()
-    except StopRequested:
-        if job is not None:
-            return Stopped(step=job.counters.step, checkpoint=_save_checkpoint(job))
-        resumed = places.resume_from
-        return Stopped(step=checkpoint.step_of(resumed) if resumed else 0, checkpoint=resumed.name if resumed else "")
-    return _finish(job)
+    carried: Carried | None = None
+    while True:
+        job: Job | None = None
+        try:
+            job = set_up(task, settings, places, reporter, check)
+            if carried is None:
+                _introduce(job)
+            else:
+                carried.hand_to(job)
+            _train(job, check)
+            check()
+            return _finish(job)
+        except StopRequested:
+            if job is not None:
+                return Stopped(step=job.counters.step, checkpoint=_save_checkpoint(job))
+            resumed = places.resume_from
+            return Stopped(step=step_of(resumed) if resumed else 0, checkpoint=resumed.name if resumed else "")
+        except Diverged:
+            assert job is not None
+            carried = roll_back(job)
+            places = dataclasses.replace(places, resume_from=_newest(job))
+
+
+def _newest(job: Job) -> Path | None:
+    """The job's newest checkpoint, verified; None when it has none. Raises TrainingError CHECKPOINT_DAMAGED."""
+    _, name = job.saved
+    if not name:
+        return None
+    directory = job.places.checkpoints / name
+    verified_state(directory)
+    return directory
+
+
+def _introduce(job: Job) -> None:
+    """Reports how the job trains and, after a resume, whether it computes what it computed before."""
+    job.reporter.report(job.plan(), durable=True)
+    if job.resumed is not None:
+        checked = recheck.recheck(job, job.resumed)
+        if checked is not None:
+            job.reporter.report(checked)
 
 
 def _train(job: Job, check: Check) -> None:
@@ -54,9 +87,10 @@ def _train(job: Job, check: Check) -> None:
     counters = job.counters
     job.forward.model.train()
     every = job.settings.checkpoint_every or max(50, math.ceil(job.total_steps / 10))
-    if counters.step == 0:
+    if counters.step == 0 and job.told < 0:
         _evaluate(job, check)
         _sample(job, check)
+        job.told = 0
     while counters.step < job.total_steps:
         if _evaluation_is_due(job):  # only true here when a stop came before it
             _evaluate(job, check)
@@ -71,8 +105,11 @@ def _train(job: Job, check: Check) -> None:
 
 
 def _make_step(job: Job, check: Check) -> None:
-    """One optimizer step: forward and backward over its micro-batches, then clip and update."""
+    """One optimizer step: forward and backward over its micro-batches, then clip and update. Raises Diverged."""
     counters, settings = job.counters, job.settings
+    if counters.step + 1 in job.left_out:
+        leave_out(job, "the update")
+        return
     job.throughput.start()
     examples = [job.rows.example(int(index)) for index in job.order.batch(counters.step)]
     loss, tokens = _accumulate(job, examples, check)
@@ -81,16 +118,18 @@ def _make_step(job: Job, check: Check) -> None:
     )
     norm = float(job.optimizer.step(rate)) if math.isfinite(loss) else math.nan
     if not math.isfinite(norm):
-        raise TrainingError(
-            "LOSS_NOT_FINITE",
-            f"At step {counters.step + 1} the {'gradient' if math.isfinite(loss) else 'loss'} is not finite.",
-            "Lower the learning rate, keep max_grad_norm at 1, or compute in float32.",
-        )
+        leave_out(job, "the gradient" if math.isfinite(loss) else "the loss")
+        return
+    if not job.optimizer.is_finite():
+        raise Diverged
     counters.step += 1
     counters.trained_tokens += tokens
     counters.loss_total += loss
     counters.last_loss = loss
     counters.seconds += job.throughput.stop(tokens)
+    if counters.step <= job.told:
+        return
+    job.told = counters.step
     if counters.step % settings.log_every == 0 or counters.step in (1, job.total_steps):
         job.reporter.report(
             event_pb2.StepCompleted(
@@ -115,7 +154,7 @@ def _accumulate(job: Job, examples: Sequence[Example], check: Check) -> tuple[fl
     while True:
         try:
             return _accumulate_once(job, examples, check)
-        except RuntimeError as error:
+        except (RuntimeError, MemoryError) as error:
             if not _can_halve(job, examples, error):
                 raise
         job.batches = dataclasses.replace(job.batches, budget=job.batches.budget // 2)
@@ -142,9 +181,9 @@ def _accumulate_once(job: Job, examples: Sequence[Example], check: Check) -> tup
     return float(loss), tokens
 
 
-def _can_halve(job: Job, examples: Sequence[Example], error: RuntimeError) -> bool:
+def _can_halve(job: Job, examples: Sequence[Example], error: RuntimeError | MemoryError) -> bool:
     """Whether the error is a lack of memory that smaller micro-batches could cure."""
-    if not any(text in str(error).lower() for text in _OUT_OF_MEMORY_TEXTS):
+    if isinstance(error, RuntimeError) and not any(text in str(error).lower() for text in _OUT_OF_MEMORY_TEXTS):
         return False
     several = any(len(batch.lengths) > 1 for batch in job.batches.of(examples))
     return several and job.batches.budget // 2 >= _SMALLEST_BUDGET
@@ -158,7 +197,7 @@ def _stream(seed: int, step: int) -> int:
 
 def _evaluation_is_due(job: Job) -> bool:
     step, settings = job.counters.step, job.settings
-    if job.evaluated is None or step == 0 or step == job.counters.evaluated_step:
+    if job.evaluated is None or step == 0 or step <= job.counters.evaluated_step:
         return False
     every = settings.evaluate_every_steps or (settings.evaluate_every_epochs or 1) * job.order.steps_per_epoch
     return step % every == 0
@@ -167,7 +206,7 @@ def _evaluation_is_due(job: Job) -> bool:
 def _evaluate(job: Job, check: Check) -> None:
     """Evaluates the model as it is, unless that was done."""
     counters = job.counters
-    if job.evaluated is None or counters.evaluated_step == counters.step:
+    if job.evaluated is None or counters.evaluated_step >= counters.step:
         return
     rows, indices = job.evaluated.rows, job.evaluated.indices
     job.reporter.report(event_pb2.PhaseProgressed(phase=event_pb2.PHASE_EVALUATING, total=len(indices), unit="rows"))
@@ -203,9 +242,11 @@ def _save_checkpoint(job: Job) -> str:
     step, name = job.saved
     if step == job.counters.step:
         return name
-    attempt = job.task.attempt
-    name, size = checkpoint.save(
-        job.places.checkpoints, attempt, job.state(), job.trained, job.masters, job.optimizer, job.tokenizer
+    attempt, folder = job.task.attempt, job.places.checkpoints
+    state = recheck.noted(job)
+    name, size = with_room(
+        job,
+        lambda: checkpoint.save(folder, attempt, state, job.trained, job.masters, job.optimizer, job.tokenizer),
     )
     job.saved = (job.counters.step, name)
     job.reporter.report(checkpoint_saved(job.task.job_id, job.counters.step, attempt, size), durable=True)
@@ -218,7 +259,7 @@ def _finish(job: Job) -> Finished:
     counters = job.counters
     job.reporter.report(event_pb2.PhaseProgressed(phase=event_pb2.PHASE_SAVING, total=1, unit="models"))
     metrics = {
-        "train_loss": counters.loss_total / max(counters.step, 1),
+        "train_loss": counters.loss_total / max(counters.step - len(counters.skipped), 1),
         "final_loss": counters.last_loss,
         "epochs": job.epoch,
         "trained_tokens": float(counters.trained_tokens),
@@ -227,5 +268,7 @@ def _finish(job: Job) -> Finished:
     }
     if counters.step == 0:
         del metrics["train_loss"], metrics["final_loss"]
-    size = save_model(job, metrics)
+    if counters.skipped:
+        metrics["skipped_steps"] = float(len(counters.skipped))
+    size = with_room(job, lambda: save_model(job, metrics))
     return Finished(step=counters.step, size_bytes=size, metrics=metrics)

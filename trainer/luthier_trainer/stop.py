@@ -14,6 +14,10 @@ Check = Callable[[], None]
 """Raises StopRequested when a stop is wanted; called wherever training may be left."""
 
 
+def never() -> None:
+    """The check of work that nobody may stop."""
+
+
 def check_of(control: Control) -> Check:
     """The check of a control."""
 

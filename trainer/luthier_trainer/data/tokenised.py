@@ -4,16 +4,19 @@
     CACHE_DIR/tokenised/KEY/counts.json  what was counted on the way
 
 The directory is built aside and renamed when it is complete and on disk, so a reader sees all of it or nothing; of two
-trainers that build the same one, the first to finish wins and the other takes its work.
+trainers that build the same one, the first to finish wins and the other takes its work. Whoever uses one holds a
+shared lock on its counts.json, so that `drop_unused` can tell what nobody needs.
 """
 
 import contextlib
 import errno
+import fcntl
 import hashlib
 import os
 import shutil
 import tempfile
 import time
+import weakref
 from bisect import bisect_right
 from collections.abc import Iterator
 from dataclasses import dataclass
@@ -31,12 +34,14 @@ from datasets.arrow_writer import ArrowWriter
 
 from luthier.trainer.v1 import task_pb2
 from luthier.v1 import event_pb2
+from luthier_trainer import durable
 from luthier_trainer.data.formats import Conversation, Problem, conversations
 from luthier_trainer.data.render import Example, tokenise
 from luthier_trainer.data.spans import Rendered, render
 from luthier_trainer.data.template import Template, template_of
 from luthier_trainer.errors import TrainingError
 from luthier_trainer.report import Reporter
+from luthier_trainer.stop import Check, never
 
 if TYPE_CHECKING:
     from transformers import PreTrainedTokenizerBase
@@ -113,33 +118,58 @@ def load(
     max_length: int,
     cache_dir: Path,
     reporter: Reporter,
+    check: Check = never,
 ) -> TokenisedRows:
     """The tokenised rows of a dataset, each cut at the end to max_length tokens; from the cache, or made and put there.
 
     Reports PhaseProgressed at most twice a second and at the end, and a warning when some rows train no token (they
-    stay in place, so that row numbers are the file's).
+    stay in place, so that row numbers are the file's). `check` is called between batches, at least every 256 rows, and
+    ends the work with what it raises.
     Raises TrainingError: DATASET_INVALID with line numbers when rows are wrong or none trains a token, STORAGE_FULL,
     and as `template_of` and `render`. Raises OSError when the file cannot be read.
     """
     template = template_of(tokenizer)
     directory = cache_dir / "tokenised" / cache_key(source, tokenizer, template, max_length)
     opened = _open(directory, template)
-    if opened is None:
+    for _ in range(2):  # another trainer that wants room may delete it before it is opened
+        if opened is not None:
+            break
         try:
-            _build(source, tokenizer, template, max_length, directory, reporter)
-        except OSError as error:
-            if error.errno not in (errno.ENOSPC, errno.EDQUOT):
+            _build(source, tokenizer, template, max_length, directory, reporter, check)
+        except Exception as error:
+            if not durable.is_full(error):
                 raise
-            raise TrainingError(
-                "STORAGE_FULL", "There is no room for the tokenised dataset.", "Free some disk space.", retryable=True
-            ) from error
+            raise durable.storage_full("the tokenised dataset") from error
         opened = _open(directory, template)
-        if opened is None:
-            raise TrainingError("CACHE_DAMAGED", f"The tokenised dataset {directory.name} cannot be read back.")
+    if opened is None:
+        raise TrainingError("CACHE_DAMAGED", f"The tokenised dataset {directory.name} cannot be read back.")
     rows, counts = opened
     _warn_of_untrained(counts, max_length, reporter)
     _progress(reporter, len(rows), source.rows or len(rows))
     return rows
+
+
+def drop_unused(cache_dir: Path) -> tuple[int, int]:
+    """Deletes the tokenised datasets that no trainer uses now. Returns (how many, bytes)."""
+    count = freed = 0
+    for counts in (cache_dir / "tokenised").glob("[!.]*/counts.json"):
+        with contextlib.suppress(FileNotFoundError), open(counts, "rb") as file:  # another trainer was faster
+            try:
+                fcntl.flock(file, fcntl.LOCK_EX | fcntl.LOCK_NB)
+            except BlockingIOError:
+                continue
+            if os.fstat(file.fileno()).st_nlink == 0:
+                continue
+            size = durable.size(counts.parent)
+            _delete(counts.parent)
+            count, freed = count + 1, freed + size
+    return count, freed
+
+
+def _delete(directory: Path) -> None:
+    """Renamed first: a reader never meets a directory that is half gone. Raises FileNotFoundError."""
+    doomed = directory.rename(directory.with_name(f".doomed-{directory.name[:16]}-{os.getpid()}"))
+    shutil.rmtree(doomed, ignore_errors=True)
 
 
 def cache_key(
@@ -174,7 +204,32 @@ def _sha256_of_file(path: Path) -> str:
 
 
 def _open(directory: Path, template: Template) -> tuple[TokenisedRows, _Counts] | None:
-    """What lies in a directory of the cache; None when there is nothing, or nothing that can be used."""
+    """What lies in a directory of the cache; None when there is nothing, or nothing that can be used. It counts as used
+    as long as the rows live."""
+    try:
+        lock = _lock(directory / "counts.json")
+    except FileNotFoundError:
+        return None
+    opened = _read(directory, template)
+    if opened is None:
+        os.close(lock)
+    else:
+        weakref.finalize(opened[0], os.close, lock)
+    return opened
+
+
+def _lock(counts: Path) -> int:
+    """A descriptor that holds a shared lock until it is closed. Raises FileNotFoundError, also for a file that was
+    deleted while another held it."""
+    lock = os.open(counts, os.O_RDONLY | os.O_CLOEXEC)
+    fcntl.flock(lock, fcntl.LOCK_SH)
+    if os.fstat(lock).st_nlink == 0:
+        os.close(lock)
+        raise FileNotFoundError(errno.ENOENT, os.strerror(errno.ENOENT), str(counts))
+    return lock
+
+
+def _read(directory: Path, template: Template) -> tuple[TokenisedRows, _Counts] | None:
     try:
         content = orjson.loads((directory / "counts.json").read_bytes())
         counts = _Counts(content["rows"], content["untrained"], tuple(content["untrained_lines"]))
@@ -217,12 +272,13 @@ def _build(
     max_length: int,
     directory: Path,
     reporter: Reporter,
+    check: Check,
 ) -> None:
     directory.parent.mkdir(parents=True, exist_ok=True)
     _sweep(directory.parent)
     aside = Path(tempfile.mkdtemp(prefix=f".{directory.name[:16]}-", dir=directory.parent))
     try:
-        counts = _write(aside / "rows.arrow", source, tokenizer, template, max_length, reporter)
+        counts = _write(aside / "rows.arrow", source, tokenizer, template, max_length, reporter, check)
         (aside / "counts.json").write_bytes(
             orjson.dumps(
                 {"rows": counts.rows, "untrained": counts.untrained, "untrained_lines": counts.untrained_lines}
@@ -243,12 +299,14 @@ def _write(
     template: Template,
     max_length: int,
     reporter: Reporter,
+    check: Check,
 ) -> _Counts:
     rows = untrained = 0
     untrained_lines: list[int] = []
     reported = time.monotonic()
     with ArrowWriter(features=datasets.Features(_FEATURES), path=str(path)) as writer:
         for lines, rendered in _batches(Path(source.path), template):
+            check()
             examples = tokenise(rendered, tokenizer, max_length=max_length)
             writer.write_table(_table(examples))
             rows += len(examples)
@@ -327,10 +385,8 @@ def _move(aside: Path, directory: Path, template: Template) -> None:
                 raise
         if _open(directory, template) is not None:
             return
-        damaged = Path(tempfile.mkdtemp(prefix=".damaged-", dir=directory.parent))
         with contextlib.suppress(FileNotFoundError):  # another trainer moved it away
-            directory.rename(damaged)
-        shutil.rmtree(damaged, ignore_errors=True)
+            _delete(directory)
 
 
 def _sweep(parent: Path) -> None:
