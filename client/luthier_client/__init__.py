@@ -17,6 +17,8 @@ if TYPE_CHECKING:
         LuthierError,
         NotFound,
         SequenceGap,
+        TlsFailed,
+        Unauthenticated,
         Unavailable,
     )
     from luthier_client.handle import AsyncJobHandle, JobHandle
@@ -40,6 +42,8 @@ __all__ = [
     "NotFound",
     "SequenceGap",
     "ServerInfo",
+    "TlsFailed",
+    "Unauthenticated",
     "Unavailable",
     "WatchOptions",
     "__version__",
@@ -58,6 +62,8 @@ _MODULES = {
         "LuthierError",
         "NotFound",
         "SequenceGap",
+        "TlsFailed",
+        "Unauthenticated",
         "Unavailable",
     ),
     "handle": ("AsyncJobHandle", "JobHandle"),

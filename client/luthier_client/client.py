@@ -26,6 +26,7 @@ from luthier.v1.job_pb2 import JobSpec, JobState
 from luthier.v1.model_pb2 import Model
 from luthier.v1.models_pb2 import DownloadModelRequest, GetModelRequest, GetModelResponse, ListModelsRequest
 from luthier_client import enums
+from luthier_client.access import Access
 from luthier_client.connection import AsyncConnection, Connection, ServerInfo, Tries
 from luthier_client.download import Download
 from luthier_client.handle import AsyncJobHandle, JobHandle
@@ -46,10 +47,26 @@ class AsyncClient:
 
     endpoint: HOST:PORT; default $LUTHIER_ENDPOINT, else 127.0.0.1:50051. timeout: seconds for a unary call with all its
     tries; uploads, downloads and watches have none. Every method raises a LuthierError of `luthier_client.errors`.
+
+    token: what the server asks for; default $LUTHIER_TOKEN, else the one in the file $LUTHIER_TOKEN_FILE. tls: whether
+    to speak TLS; default: when the endpoint begins with https:// or there is a tls_ca. tls_ca: the authority that
+    signed the server's certificate, as PEM bytes or the path of a PEM file; default $LUTHIER_TLS_CA, else the public
+    ones. insecure: allow a token to go over the network in clear text. What cannot be used raises ValueError or
+    OSError.
     """
 
-    def __init__(self, endpoint: str | None = None, *, timeout: float = 30.0) -> None:
-        self._connection = AsyncConnection(endpoint, timeout)
+    def __init__(
+        self,
+        endpoint: str | None = None,
+        *,
+        timeout: float = 30.0,
+        token: str | None = None,
+        tls_ca: str | os.PathLike[str] | bytes | None = None,
+        tls: bool | None = None,
+        insecure: bool = False,
+    ) -> None:
+        access = Access.find(endpoint, token=token, tls_ca=tls_ca, tls=tls, insecure=insecure)
+        self._connection = AsyncConnection(access, timeout)
 
     @property
     def endpoint(self) -> str:
@@ -126,7 +143,8 @@ class AsyncClient:
             tries = Tries(None)
             while True:
                 try:
-                    call = self._connection.datasets.UploadDataset(upload.requests_async(on_progress))
+                    requests = upload.requests_async(on_progress)
+                    call = self._connection.datasets.UploadDataset(requests, metadata=self._connection.metadata)
                     response: UploadDatasetResponse = await call
                     return response
                 except grpc.aio.AioRpcError as failed:
@@ -184,7 +202,8 @@ class AsyncClient:
         """
         tries = Tries(None)
         while True:
-            call = self._connection.models.DownloadModel(DownloadModelRequest(model_id=model_id))
+            request = DownloadModelRequest(model_id=model_id)
+            call = self._connection.models.DownloadModel(request, metadata=self._connection.metadata)
             try:
                 with Download(Path(directory), on_progress) as download:
                     async for response in call:
@@ -205,8 +224,18 @@ class Client:
         print(job.wait().model_id)
     """
 
-    def __init__(self, endpoint: str | None = None, *, timeout: float = 30.0) -> None:
-        self._connection = Connection(endpoint, timeout)
+    def __init__(
+        self,
+        endpoint: str | None = None,
+        *,
+        timeout: float = 30.0,
+        token: str | None = None,
+        tls_ca: str | os.PathLike[str] | bytes | None = None,
+        tls: bool | None = None,
+        insecure: bool = False,
+    ) -> None:
+        access = Access.find(endpoint, token=token, tls_ca=tls_ca, tls=tls, insecure=insecure)
+        self._connection = Connection(access, timeout)
 
     @property
     def endpoint(self) -> str:
@@ -281,8 +310,9 @@ class Client:
             tries = Tries(None)
             while True:
                 try:
+                    requests = upload.requests(on_progress)
                     response: UploadDatasetResponse
-                    response = self._connection.datasets.UploadDataset(upload.requests(on_progress))
+                    response = self._connection.datasets.UploadDataset(requests, metadata=self._connection.metadata)
                     return response
                 except grpc.RpcError as failed:
                     pause = tries.pause_after(self._connection.error(failed))
@@ -337,7 +367,8 @@ class Client:
         """
         tries = Tries(None)
         while True:
-            call = self._connection.models.DownloadModel(DownloadModelRequest(model_id=model_id))
+            request = DownloadModelRequest(model_id=model_id)
+            call = self._connection.models.DownloadModel(request, metadata=self._connection.metadata)
             try:
                 with Download(Path(directory), on_progress) as download:
                     for response in call:

@@ -18,6 +18,7 @@ from google.protobuf.wrappers_pb2 import Int32Value
 from luthier.v1 import datasets_pb2_grpc, fine_tuning_pb2_grpc, models_pb2_grpc
 from luthier_client import endpoint as endpoints
 from luthier_client import errors
+from luthier_client.access import Access
 from luthier_client.backoff import Backoff
 from luthier_client.status import to_error
 
@@ -63,11 +64,13 @@ class Tries:
 
 
 class AsyncConnection:
-    """For one event loop: the channel opens with the first call."""
+    """For one event loop: the channel opens with the first call. Each call has to carry `metadata`."""
 
-    def __init__(self, endpoint: str | None, timeout: float) -> None:
-        self.endpoint = endpoints.resolve(endpoint)
+    def __init__(self, access: Access, timeout: float) -> None:
+        self.endpoint = access.target
         self.timeout = timeout
+        self.metadata = access.metadata
+        self._access = access
         self._channel: grpc.aio.Channel | None = None
 
     @property
@@ -75,7 +78,12 @@ class AsyncConnection:
         """The channel. Belongs to the loop that runs now, which is why it is not made before."""
         if self._channel is None:
             options = endpoints.channel_options(self.endpoint)
-            self._channel = grpc.aio.insecure_channel(self.endpoint, options=options)
+            credentials = self._access.credentials()
+            self._channel = (
+                grpc.aio.insecure_channel(self.endpoint, options=options)
+                if credentials is None
+                else grpc.aio.secure_channel(self.endpoint, credentials, options=options)
+            )
         return self._channel
 
     @property
@@ -95,21 +103,21 @@ class AsyncConnection:
 
     def error(self, failed: grpc.aio.AioRpcError) -> errors.LuthierError:
         """The error that a failed call stands for."""
-        return to_error(failed, self.endpoint)
+        return to_error(failed, self.endpoint, tls=self._access.tls)
 
     async def unary(self, method: Callable[..., Awaitable[R]], request: Message) -> R:
         """Calls a unary method. Raises a LuthierError."""
         tries = Tries(self.timeout)
         while True:
             try:
-                return await method(request, timeout=tries.remaining())
+                return await method(request, timeout=tries.remaining(), metadata=self.metadata)
             except grpc.aio.AioRpcError as failed:
                 pause = tries.pause_after(self.error(failed))
             await asyncio.sleep(pause)
 
     async def server_info(self) -> ServerInfo:
         """Asks the server for its health and version. Raises Unavailable when nobody answers."""
-        call = _health(self.channel)(b"", timeout=self.timeout)
+        call = _health(self.channel)(b"", timeout=self.timeout, metadata=self.metadata)
         try:
             serving = _is_serving(await call)
             return ServerInfo(self.endpoint, serving, _version(await call.initial_metadata()))
@@ -125,10 +133,17 @@ class AsyncConnection:
 class Connection:
     """The same on grpc's synchronous stack."""
 
-    def __init__(self, endpoint: str | None, timeout: float) -> None:
-        self.endpoint = endpoints.resolve(endpoint)
+    def __init__(self, access: Access, timeout: float) -> None:
+        self.endpoint = access.target
         self.timeout = timeout
-        self.channel = grpc.insecure_channel(self.endpoint, options=endpoints.channel_options(self.endpoint))
+        self.metadata = access.metadata
+        self._access = access
+        options, credentials = endpoints.channel_options(self.endpoint), access.credentials()
+        self.channel = (
+            grpc.insecure_channel(self.endpoint, options=options)
+            if credentials is None
+            else grpc.secure_channel(self.endpoint, credentials, options=options)
+        )
         self.jobs = fine_tuning_pb2_grpc.FineTuningStub(self.channel)
         self.datasets = datasets_pb2_grpc.DatasetsStub(self.channel)
         self.models = models_pb2_grpc.ModelsStub(self.channel)
@@ -136,14 +151,14 @@ class Connection:
     def error(self, failed: grpc.RpcError) -> errors.LuthierError:
         """The error that a failed call stands for."""
         call: Any = failed  # what a stub raises is also a grpc.Call, which the class of the exception does not say
-        return to_error(call, self.endpoint)
+        return to_error(call, self.endpoint, tls=self._access.tls)
 
     def unary(self, method: Callable[..., R], request: Message) -> R:
         """Calls a unary method. Raises a LuthierError."""
         tries = Tries(self.timeout)
         while True:
             try:
-                return method(request, timeout=tries.remaining())
+                return method(request, timeout=tries.remaining(), metadata=self.metadata)
             except grpc.RpcError as failed:
                 pause = tries.pause_after(self.error(failed))
             time.sleep(pause)
@@ -151,7 +166,7 @@ class Connection:
     def server_info(self) -> ServerInfo:
         """Asks the server for its health and version. Raises Unavailable when nobody answers."""
         try:
-            response, call = _health(self.channel).with_call(b"", timeout=self.timeout)
+            response, call = _health(self.channel).with_call(b"", timeout=self.timeout, metadata=self.metadata)
         except grpc.RpcError as failed:
             raise self.error(failed) from failed
         return ServerInfo(self.endpoint, _is_serving(response), _version(call.initial_metadata()))

@@ -5,15 +5,19 @@ import os
 
 DEFAULT = "127.0.0.1:50051"
 _PORT = 50051
+_TLS = "https://"
 _MIB = 1024 * 1024
 
 
 def resolve(endpoint: str | None) -> str:
     """The endpoint as gRPC wants it: the argument, else LUTHIER_ENDPOINT, else the default.
 
-    A host without a port gets port 50051. Raises ValueError for a URL or an impossible port.
+    `https://` before it only asks for TLS. A host without a port gets port 50051. Raises ValueError for any other URL
+    or an impossible port.
     """
-    text = (endpoint or os.environ.get("LUTHIER_ENDPOINT") or DEFAULT).strip()
+    text = _given(endpoint)
+    if asks_for_tls(text):
+        text = text[len(_TLS) :].removesuffix("/")
     if text.startswith("unix:"):
         return text
     if "/" in text:
@@ -32,6 +36,11 @@ def resolve(endpoint: str | None) -> str:
     return f"{host}:{port or _PORT}"
 
 
+def asks_for_tls(endpoint: str | None) -> bool:
+    """Whether the endpoint, found as by `resolve`, begins with `https://`."""
+    return _given(endpoint).lower().startswith(_TLS)
+
+
 def is_loopback(endpoint: str) -> bool:
     """Whether the endpoint is on this machine."""
     if endpoint.startswith("unix:"):
@@ -43,8 +52,13 @@ def is_loopback(endpoint: str) -> bool:
         return host == "localhost"
 
 
-def unreachable(endpoint: str, details: str) -> str:
+def unreachable(endpoint: str, details: str, *, tls: bool = False) -> str:
     """What to tell a person when nobody answers."""
+    if not tls and details.endswith("Socket closed"):
+        return (
+            f"the server at {endpoint} closed the connection before it said a word: "
+            f"if it speaks TLS, name it as https://{endpoint}"
+        )
     if is_loopback(endpoint):
         return (
             f"no server answers at {endpoint}: start one with `luthierd` (or `make serve`), "
@@ -70,3 +84,7 @@ def channel_options(endpoint: str) -> list[tuple[str, int]]:
     if is_loopback(endpoint):
         options.append(("grpc.enable_http_proxy", 0))
     return options
+
+
+def _given(endpoint: str | None) -> str:
+    return (endpoint or os.environ.get("LUTHIER_ENDPOINT") or DEFAULT).strip()

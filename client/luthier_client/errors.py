@@ -9,12 +9,13 @@
     ├── FailedPrecondition     FAILED_PRECONDITION: not in this state
     ├── ResourceExhausted      RESOURCE_EXHAUSTED: a queue, a quota or a disk is full
     ├── Unavailable            UNAVAILABLE: nobody answers, or the server is leaving
+    ├── TlsFailed              no connection that can be trusted: the certificate, its name, or no TLS at all
     ├── DeadlineExceeded       DEADLINE_EXCEEDED: no answer within the timeout
     ├── OutOfRange             OUT_OF_RANGE: a position below retention or past head
     ├── Aborted                ABORTED
     ├── CallCancelled          CANCELLED by the other side
     ├── Unimplemented          UNIMPLEMENTED: the server is older than this client
-    ├── Unauthenticated        UNAUTHENTICATED
+    ├── Unauthenticated        UNAUTHENTICATED: the server wants a token, or another one
     ├── PermissionDenied       PERMISSION_DENIED
     ├── DataLoss               DATA_LOSS: the server's store is damaged
     ├── Internal               INTERNAL and everything else
@@ -60,6 +61,11 @@ class LuthierError(Exception):
         self.violations = list(violations)
         self.retry_delay = retry_delay
 
+    @property
+    def hint(self) -> str:
+        """What to try next; empty when nobody knows."""
+        return self.metadata.get("hint", "")
+
 
 class InvalidSpec(LuthierError):
     """Something in the request breaks a rule; `violations` names every one at once."""
@@ -103,6 +109,10 @@ class Unavailable(LuthierError):
     """Nobody answers at the endpoint, or the server is leaving."""
 
 
+class TlsFailed(LuthierError):
+    """There is no connection that can be trusted: trying again does not help."""
+
+
 class DeadlineExceeded(LuthierError):
     """No answer within the timeout."""
 
@@ -124,7 +134,7 @@ class Unimplemented(LuthierError):
 
 
 class Unauthenticated(LuthierError):
-    """The server does not know who asks."""
+    """The server does not know who asks: it wants a token, or another one. `hint` says how to give it."""
 
 
 class PermissionDenied(LuthierError):

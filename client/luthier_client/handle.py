@@ -5,8 +5,16 @@ import contextlib
 import time
 from collections.abc import AsyncGenerator, Generator
 
+from luthier.v1.checkpoint_pb2 import Checkpoint
 from luthier.v1.event_pb2 import JobEvent, LogEmitted
-from luthier.v1.fine_tuning_pb2 import CancelJobRequest, GetJobRequest
+from luthier.v1.fine_tuning_pb2 import (
+    CancelJobRequest,
+    DeleteJobRequest,
+    GetJobRequest,
+    ListCheckpointsRequest,
+    PauseJobRequest,
+    ResumeJobRequest,
+)
 from luthier.v1.job_pb2 import JOB_STATE_CANCELLED, JOB_STATE_FAILED, Job
 from luthier_client.connection import AsyncConnection, Connection
 from luthier_client.errors import JobCancelled, JobFailed
@@ -41,6 +49,33 @@ class AsyncJobHandle:
         response = await self._connection.unary(self._connection.jobs.CancelJob, CancelJobRequest(job_id=self.id))
         self.proto = response.job
         return self.proto
+
+    async def pause(self) -> Job:
+        """Asks the job to rest after a checkpoint; returns at once. Raises FailedPrecondition when it has ended."""
+        response = await self._connection.unary(self._connection.jobs.PauseJob, PauseJobRequest(job_id=self.id))
+        self.proto = response.job
+        return self.proto
+
+    async def resume(self) -> Job:
+        """Puts a paused job back into the queue. Raises FailedPrecondition when it has ended."""
+        response = await self._connection.unary(self._connection.jobs.ResumeJob, ResumeJobRequest(job_id=self.id))
+        self.proto = response.job
+        return self.proto
+
+    async def delete(self) -> Job:
+        """Deletes a job that has ended or is paused, with its events and checkpoints; its model stays.
+
+        Raises FailedPrecondition for any other job. Its watches end with NotFound.
+        """
+        response = await self._connection.unary(self._connection.jobs.DeleteJob, DeleteJobRequest(job_id=self.id))
+        self.proto = response.job
+        return self.proto
+
+    async def checkpoints(self) -> list[Checkpoint]:
+        """The checkpoints on disk, newest first. Their names are what `resume_from` and downloads take."""
+        request = ListCheckpointsRequest(job_id=self.id)
+        response = await self._connection.unary(self._connection.jobs.ListCheckpoints, request)
+        return list(response.checkpoints)
 
     def watch(
         self, after: int = 0, *, history_id: str | None = None, options: WatchOptions | None = None
@@ -117,6 +152,30 @@ class JobHandle:
         """Asks the job to stop; returns at once. Raises FailedPrecondition when it has succeeded or failed."""
         self.proto = self._connection.unary(self._connection.jobs.CancelJob, CancelJobRequest(job_id=self.id)).job
         return self.proto
+
+    def pause(self) -> Job:
+        """Asks the job to rest after a checkpoint; returns at once. Raises FailedPrecondition when it has ended."""
+        self.proto = self._connection.unary(self._connection.jobs.PauseJob, PauseJobRequest(job_id=self.id)).job
+        return self.proto
+
+    def resume(self) -> Job:
+        """Puts a paused job back into the queue. Raises FailedPrecondition when it has ended."""
+        self.proto = self._connection.unary(self._connection.jobs.ResumeJob, ResumeJobRequest(job_id=self.id)).job
+        return self.proto
+
+    def delete(self) -> Job:
+        """Deletes a job that has ended or is paused, with its events and checkpoints; its model stays.
+
+        Raises FailedPrecondition for any other job. Its watches end with NotFound.
+        """
+        self.proto = self._connection.unary(self._connection.jobs.DeleteJob, DeleteJobRequest(job_id=self.id)).job
+        return self.proto
+
+    def checkpoints(self) -> list[Checkpoint]:
+        """The checkpoints on disk, newest first. Their names are what `resume_from` and downloads take."""
+        request = ListCheckpointsRequest(job_id=self.id)
+        response = self._connection.unary(self._connection.jobs.ListCheckpoints, request)
+        return list(response.checkpoints)
 
     def watch(
         self, after: int = 0, *, history_id: str | None = None, options: WatchOptions | None = None

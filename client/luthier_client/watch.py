@@ -135,7 +135,7 @@ async def watch_async(
     """
     absence = _Absence(options)
     while True:
-        call = connection.jobs.WatchJob(cursor.request())
+        call = connection.jobs.WatchJob(cursor.request(), metadata=connection.metadata)
         try:
             async for response in call:
                 absence.over()
@@ -159,7 +159,7 @@ def watch_sync(
     """The same on the synchronous stack. Raises TimeoutError once `time.monotonic()` passes the deadline."""
     absence = _Absence(options)
     while True:
-        call = connection.jobs.WatchJob(cursor.request(), timeout=_until(deadline))
+        call = connection.jobs.WatchJob(cursor.request(), timeout=_until(deadline), metadata=connection.metadata)
         try:
             for response in call:
                 absence.over()

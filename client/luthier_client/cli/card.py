@@ -85,6 +85,8 @@ def _rows(picture: JobPicture) -> list[tuple[str, str]]:
         rows.append(("time", output.duration(seconds) + attempts))
     if steps:
         rows.append(("tokens", f"{steps[-1].trained_tokens:,}"))
+    if (check := picture.resumed) is not None:
+        rows.append(("resumed", f"at step {check.step}, " + ("verified" if check.verified else "NOT verified")))
     return rows
 
 

@@ -23,12 +23,12 @@ def dataset() -> None:
 @click.pass_context
 def upload(ctx: click.Context, file: str, name: str | None) -> None:
     """Upload a file of JSON lines. The server checks every row first."""
-    from luthier_client import Client
     from luthier_client.cli import output
+    from luthier_client.cli.connect import connect
     from luthier_client.cli.transfer import progress
 
     chosen = settings(ctx)
-    with Client(chosen.endpoint) as client, progress("uploading") as report:
+    with connect(chosen) as client, progress("uploading") as report:
         response = client.upload(file, name=name, on_progress=report)
     found = response.dataset
     if chosen.output == "table":
@@ -48,10 +48,10 @@ def list_(ctx: click.Context, name: str, limit: int) -> None:
     """List datasets, newest first."""
     from itertools import islice
 
-    from luthier_client import Client
     from luthier_client.cli import output
+    from luthier_client.cli.connect import connect
 
-    with Client(settings(ctx).endpoint) as client:
+    with connect(settings(ctx)) as client:
         found = list(islice(client.list_datasets(name=name, page_size=min(limit, 1000)), limit))
     headers = ["ID", "VERSION", "ROWS", "SIZE", "CREATED", "NAME"]
     rows = [
@@ -73,10 +73,10 @@ def list_(ctx: click.Context, name: str, limit: int) -> None:
 @click.pass_context
 def get(ctx: click.Context, dataset_id: str) -> None:
     """Show a dataset by its id, `name` (newest version) or `name@3`."""
-    from luthier_client import Client
     from luthier_client.cli import ids, output
+    from luthier_client.cli.connect import connect
 
-    with Client(settings(ctx).endpoint) as client:
+    with connect(settings(ctx)) as client:
         found = client.get_dataset(ids.dataset(client, dataset_id))
     output.resource(settings(ctx), found, _details(found))
 
@@ -86,11 +86,11 @@ def get(ctx: click.Context, dataset_id: str) -> None:
 @click.pass_context
 def delete(ctx: click.Context, dataset_id: str) -> None:
     """Delete one version, named exactly: its id or `name@3`."""
-    from luthier_client import Client
     from luthier_client.cli import ids, output
+    from luthier_client.cli.connect import connect
 
     chosen = settings(ctx)
-    with Client(chosen.endpoint) as client:
+    with connect(chosen) as client:
         found = client.delete_dataset(ids.dataset(client, dataset_id))
     if chosen.output == "table":
         click.echo(f"deleted {found.id}  {found.name}@{found.version}")

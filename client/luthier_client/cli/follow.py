@@ -7,7 +7,7 @@ from collections.abc import Iterator
 
 import click
 
-from luthier.v1.job_pb2 import JOB_STATE_CANCELLED, JOB_STATE_SUCCEEDED
+from luthier.v1.job_pb2 import JOB_STATE_CANCELLED, JOB_STATE_QUEUED, JOB_STATE_SUCCEEDED
 from luthier_client import LuthierError, Unavailable, WatchOptions
 from luthier_client.cli import card, output
 from luthier_client.cli.lazy import Settings
@@ -76,7 +76,19 @@ def _plain(job: JobHandle, picture: JobPicture) -> None:
         for event in events:
             picture.add(event)
             writer.add(event)
+            if event.state_changed.reason and picture.state == JOB_STATE_QUEUED and picture.attempt:
+                _tell_next_try(job, event.sequence)
     writer.flush()
+
+
+def _tell_next_try(job: JobHandle, sequence: int) -> None:
+    """Prints when a lost attempt is tried again, if that is what the job still waits for."""
+    try:
+        seen = job.refresh()
+    except LuthierError:
+        return
+    if seen.last_sequence == sequence and seen.retry_time.seconds:
+        click.echo(f"{' ' * 8}  tries again at {output.clock(seen.retry_time.seconds)}")
 
 
 def _live(job: JobHandle, picture: JobPicture) -> None:
@@ -93,7 +105,7 @@ def _live(job: JobHandle, picture: JobPicture) -> None:
 
 @contextlib.contextmanager
 def _polling(job: JobHandle, picture: JobPicture) -> Iterator[None]:
-    """Asks for the place in the queue, which no event tells, and whether a server that was away is back."""
+    """Asks for what no event tells: the place in the queue, the next try, whether a server that was away is back."""
     done = threading.Event()
 
     def poll() -> None:
@@ -111,6 +123,7 @@ def _polling(job: JobHandle, picture: JobPicture) -> Iterator[None]:
             picture.notice = ""
             if seen.state == picture.state:
                 picture.queue_position = seen.queue_position
+                picture.retry_at = float(seen.retry_time.seconds)
 
     thread = threading.Thread(target=poll, name="luthier-queue-position", daemon=True)
     thread.start()

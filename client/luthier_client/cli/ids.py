@@ -12,6 +12,7 @@ if TYPE_CHECKING:
 
 LATEST = "@latest"
 _ULID = re.compile(r"^[0-9A-HJKMNP-TV-Z]{26}$", re.IGNORECASE)
+_STEP = re.compile(r"^step-[0-9]+$")
 _SHOWN = 8
 
 
@@ -33,8 +34,7 @@ def job(client: "Client", text: str) -> str:
 def model(client: "Client", text: str) -> str:
     """The whole id of a model, or the name of a checkpoint (`job_...:step-200`), whose job may be shortened."""
     if ":" in text:
-        head, _, tail = text.partition(":")
-        return f"{job(client, head)}:{tail}"
+        return checkpoint(client, text)
     if _is_whole(text, "model_"):
         return text
     if text == LATEST:
@@ -42,6 +42,14 @@ def model(client: "Client", text: str) -> str:
     prefix = _prefix(text, "model_")
     found = client.list_models(id_prefix=prefix, page_size=_SHOWN + 1)
     return _only(text, "model", [each.id for each in islice(found, _SHOWN + 1)])
+
+
+def checkpoint(client: "Client", text: str) -> str:
+    """The whole name of a checkpoint, whose job may be shortened. Raises NotFound, AmbiguousId, ValueError."""
+    head, _, step = text.partition(":")
+    if not _STEP.match(step):
+        raise ValueError(f"{text!r} is no checkpoint; write JOB:step-N, as `luthier job checkpoints JOB` lists them")
+    return f"{job(client, head)}:{step}"
 
 
 def dataset(client: "Client", text: str) -> str:

@@ -1,11 +1,13 @@
-"""`luthier job`: create, list, get, watch, wait, cancel, logs."""
+"""`luthier job`: create, list, get, watch, wait, cancel, logs; and what `rest` and `checkpoints` add."""
 
 import sys
 from typing import TYPE_CHECKING
 
 import click
 
+from luthier_client.cli.checkpoints import checkpoints
 from luthier_client.cli.lazy import Command, settings
+from luthier_client.cli.rest import delete, pause, resume, told
 
 if TYPE_CHECKING:
     from luthier.v1.job_pb2 import Job, JobSpec
@@ -19,33 +21,44 @@ _STATES = [
 
 @click.group()
 def job() -> None:
-    """Create, look at, watch and cancel jobs."""
+    """Create, watch, pause, resume, cancel and delete jobs."""
 
 
 @job.command(
     cls=Command,
     examples="""luthier job create -f job.yaml --watch
     luthier job create -f job.yaml --set lora.rank=16 --set learning_rate=1e-4
+    luthier job create -f job.yaml --resume-from @latest:step-200
     luthier job create -f job.yaml --validate-only""",
 )
 @click.option(
     "-f", "--file", required=True, type=click.Path(allow_dash=True), help="A job as YAML or JSON; - is stdin."
 )
 @click.option("--set", "assignments", metavar="KEY=VALUE", multiple=True, help="Set a field; KEY may be shortened.")
+@click.option("--resume-from", metavar="JOB:step-N", help="Go on from a checkpoint of another job.")
 @click.option("--watch", is_flag=True, help="Watch the job to its end.")
 @click.option("--validate-only", is_flag=True, help="Check the job and show what would be created.")
 @click.pass_context
-def create(ctx: click.Context, file: str, assignments: tuple[str, ...], watch: bool, validate_only: bool) -> None:
+def create(
+    ctx: click.Context,
+    file: str,
+    assignments: tuple[str, ...],
+    resume_from: str | None,
+    watch: bool,
+    validate_only: bool,
+) -> None:
     """Create a job from a file."""
-    from luthier_client import Client
-    from luthier_client.cli import output
+    from luthier_client.cli import ids, output
+    from luthier_client.cli.connect import connect
     from luthier_client.cli.follow import follow
     from luthier_client.spec import apply_settings, load_spec, parse_spec
 
     spec = parse_spec(sys.stdin.read(), "stdin") if file == "-" else load_spec(file)
     apply_settings(spec, assignments)
     chosen = settings(ctx)
-    with Client(chosen.endpoint) as client:
+    with connect(chosen) as client:
+        if resume_from is not None:
+            spec.fine_tune.resume_from = ids.checkpoint(client, resume_from)
         handle = client.create_job(spec, validate_only=validate_only)
         if validate_only:
             _show_plan(ctx, handle.proto.resolved_spec)
@@ -72,11 +85,11 @@ def list_(ctx: click.Context, states: tuple[str, ...], labels: tuple[str, ...], 
     """List jobs, newest first."""
     from itertools import islice
 
-    from luthier_client import Client
     from luthier_client.cli import output
+    from luthier_client.cli.connect import connect
 
     wanted = dict(_label(text) for text in labels)
-    with Client(settings(ctx).endpoint) as client:
+    with connect(settings(ctx)) as client:
         found = client.list_jobs(states=states, labels=wanted, page_size=min(limit, 1000))
         jobs = [each.proto for each in islice(found, limit)]
     headers = ["ID", "STATE", "STEP", "LOSS", "CREATED", "NAME"]
@@ -88,10 +101,10 @@ def list_(ctx: click.Context, states: tuple[str, ...], labels: tuple[str, ...], 
 @click.pass_context
 def get(ctx: click.Context, job_id: str) -> None:
     """Show a job."""
-    from luthier_client import Client
     from luthier_client.cli import ids, output
+    from luthier_client.cli.connect import connect
 
-    with Client(settings(ctx).endpoint) as client:
+    with connect(settings(ctx)) as client:
         found = client.get_job(ids.job(client, job_id)).proto
     output.resource(settings(ctx), found, _details(found))
 
@@ -103,11 +116,11 @@ def get(ctx: click.Context, job_id: str) -> None:
 @click.pass_context
 def watch(ctx: click.Context, job_id: str) -> None:
     """Watch a job to its end. Ctrl-C leaves it running."""
-    from luthier_client import Client
     from luthier_client.cli import ids
+    from luthier_client.cli.connect import connect
     from luthier_client.cli.follow import follow
 
-    with Client(settings(ctx).endpoint) as client:
+    with connect(settings(ctx)) as client:
         ctx.exit(follow(settings(ctx), client.get_job(ids.job(client, job_id))))
 
 
@@ -117,11 +130,11 @@ def watch(ctx: click.Context, job_id: str) -> None:
 @click.pass_context
 def wait(ctx: click.Context, job_id: str, timeout: float | None) -> None:
     """Wait silently for a job's end; the exit code tells how it went."""
-    from luthier_client import Client
     from luthier_client.cli import ids, output
+    from luthier_client.cli.connect import connect
     from luthier_client.cli.follow import exit_code
 
-    with Client(settings(ctx).endpoint) as client:
+    with connect(settings(ctx)) as client:
         handle = client.get_job(ids.job(client, job_id))
         try:
             ended = handle.wait(timeout)
@@ -137,16 +150,11 @@ def wait(ctx: click.Context, job_id: str, timeout: float | None) -> None:
 @click.pass_context
 def cancel(ctx: click.Context, job_id: str) -> None:
     """Ask a job to stop; it saves a checkpoint first."""
-    from luthier_client import Client
-    from luthier_client.cli import ids, output
+    from luthier_client.cli import ids
+    from luthier_client.cli.connect import connect
 
-    chosen = settings(ctx)
-    with Client(chosen.endpoint) as client:
-        cancelled = client.get_job(ids.job(client, job_id)).cancel()
-    if chosen.output == "table":
-        click.echo(f"{_state(cancelled)} {cancelled.id}")
-    else:
-        output.resource(chosen, cancelled, [])
+    with connect(settings(ctx)) as client:
+        told(ctx, client.get_job(ids.job(client, job_id)).cancel())
 
 
 @job.command(cls=Command, examples="luthier job logs @latest -f")
@@ -155,12 +163,12 @@ def cancel(ctx: click.Context, job_id: str) -> None:
 @click.pass_context
 def logs(ctx: click.Context, job_id: str, follow: bool) -> None:
     """Print a job's lines for people."""
-    from luthier_client import Client
     from luthier_client.cli import ids, output
+    from luthier_client.cli.connect import connect
     from luthier_client.cli.lines import log_line
 
     chosen = settings(ctx)
-    with Client(chosen.endpoint) as client:
+    with connect(chosen) as client:
         handle = client.get_job(ids.job(client, job_id))
         head = handle.proto.last_sequence
         for event in handle.watch():
@@ -169,6 +177,10 @@ def logs(ctx: click.Context, job_id: str, follow: bool) -> None:
                 sys.stdout.flush()
             if not follow and event.sequence >= head:
                 break
+
+
+for command in (pause, resume, delete, checkpoints):
+    job.add_command(command)
 
 
 def _label(text: str) -> tuple[str, str]:
@@ -211,6 +223,8 @@ def _details(job: "Job") -> list[tuple[str, str]]:
         ("loss", output.number(progress.loss) if progress.step else ""),
         ("eta", output.duration(progress.eta_seconds) if progress.eta_seconds and not job.end_time.seconds else ""),
         ("attempt", str(job.attempt) if job.attempt > 1 else ""),
+        ("next try", output.clock(job.retry_time.seconds) if job.retry_time.seconds else ""),
+        ("resumed from", task.resume_from),
         ("created", output.age(job.create_time)),
         ("took", output.duration(job.end_time.seconds - started) if job.end_time.seconds else ""),
         ("model", job.model_id),

@@ -16,9 +16,16 @@ class Settings:
     """As given; None leaves it to LUTHIER_ENDPOINT and the default."""
     output: str
     """`table`, `json` or `id`."""
+    token_file: str | None = None
+    """As given; None leaves it to LUTHIER_TOKEN and LUTHIER_TOKEN_FILE."""
+    tls_ca: str | None = None
+    """As given; None leaves it to LUTHIER_TLS_CA."""
+    tls: bool = False
+    """Whether TLS was asked for; it also is by an endpoint with https:// and by a private authority."""
 
 
 FORMATS = click.Choice(["table", "json", "id"])
+FILE = click.Path(exists=True, dir_okay=False)
 
 
 def settings(ctx: click.Context) -> Settings:
@@ -27,9 +34,9 @@ def settings(ctx: click.Context) -> Settings:
     return found
 
 
-def _override(name: str) -> Callable[[click.Context, click.Parameter, str | None], None]:
-    def store(ctx: click.Context, _: click.Parameter, value: str | None) -> None:
-        if value is not None and ctx.find_root().obj is not None:
+def _override(name: str) -> Callable[[click.Context, click.Parameter, Any], None]:
+    def store(ctx: click.Context, _: click.Parameter, value: Any) -> None:
+        if value and ctx.find_root().obj is not None:
             ctx.find_root().obj = replace(settings(ctx), **{name: value})
 
     return store
@@ -59,6 +66,16 @@ class Command(click.Command):
                 callback=_override("output"),
                 help="How results are printed.",
             ),
+            # Hidden here, because the help of the root shows them.
+            click.Option(
+                ["--token-file"],
+                type=FILE,
+                expose_value=False,
+                hidden=True,
+                callback=_override("token_file"),
+            ),
+            click.Option(["--tls-ca"], type=FILE, expose_value=False, hidden=True, callback=_override("tls_ca")),
+            click.Option(["--tls"], is_flag=True, expose_value=False, hidden=True, callback=_override("tls")),
         ]
 
 

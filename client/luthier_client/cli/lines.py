@@ -4,7 +4,7 @@ import time
 from collections.abc import Callable
 from datetime import datetime
 
-from luthier.v1.event_pb2 import JobEvent, LogLevel, Phase
+from luthier.v1.event_pb2 import AttemptStarted, JobEvent, LogLevel, Phase, ResumeChecked
 from luthier.v1.job_pb2 import JobState
 from luthier_client import enums
 from luthier_client.cli import output
@@ -69,10 +69,9 @@ def describe(event: JobEvent, picture: JobPicture) -> str | None:
         detail = change.message or change.reason
         return output.clean(f"{text}  ({detail})" if detail else text)
     if kind == "attempt_started":
-        start = event.attempt_started
-        return f"attempt {start.attempt}" + (
-            f" goes on from step {start.resumed_from_step} ({start.reason})" if start.attempt > 1 else ""
-        )
+        return _attempt(event.attempt_started, picture.discarded)
+    if kind == "resume_checked":
+        return resumed(event.resume_checked)
     if kind == "plan_resolved":
         plan = event.plan_resolved
         return output.clean(
@@ -105,6 +104,29 @@ def describe(event: JobEvent, picture: JobPicture) -> str | None:
     if kind == "log_emitted":
         return log_line(event)
     return None
+
+
+def resumed(check: ResumeChecked) -> str:
+    """What the check of a training that goes on has found."""
+    if check.verified:
+        return (
+            f"resume verified at step {check.step}  loss {output.number(check.recorded_loss)}, the same to the last bit"
+        )
+    return output.clean(
+        f"resume NOT verified at step {check.step}  loss {check.recorded_loss:.9g} was saved, "
+        f"{check.recomputed_loss:.9g} is computed now: {check.message}"
+    )
+
+
+def _attempt(start: AttemptStarted, discarded: int) -> str:
+    text = f"attempt {start.attempt}"
+    if start.resumed_from_step:
+        text += f" goes on from step {start.resumed_from_step}"
+    elif start.attempt > 1:
+        text += " starts from the beginning"
+    if discarded:
+        text += f", {discarded} step{'s' if discarded != 1 else ''} made again"
+    return output.clean(f"{text}  ({start.reason})" if start.attempt > 1 else text)
 
 
 def log_line(event: JobEvent) -> str:

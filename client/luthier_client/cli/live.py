@@ -11,11 +11,13 @@ from rich.table import Table
 from rich.text import Text
 
 from luthier_client.cli import output
+from luthier_client.cli.lines import resumed
 from luthier_client.cli.picture import JobPicture
 
 _BARS = "▁▂▃▄▅▆▇█"
 _ASCII_BARS = "_.-=*#"
 _SPARK_WIDTH = 40
+_AT_REST = ("queued", "preparing", "pausing", "paused", "cancelling")
 
 
 class LiveView:
@@ -53,6 +55,11 @@ class LiveView:
             if len(evaluations) > 1:
                 text += f" · before {output.number(evaluations[0].loss)}"
             yield _labelled("eval", text)
+        if picture.resumed is not None:
+            verified = picture.resumed.verified
+            yield Text(output.one_line(resumed(picture.resumed), 300), style="green" if verified else "yellow")
+        if picture.state_name == "queued" and picture.retry_at and picture.message:
+            yield Text("! " + output.one_line(picture.message, 300), style="yellow")
         if picture.warning:
             yield Text("! " + output.one_line(picture.warning, 300), style="yellow")
         if picture.notice:
@@ -78,6 +85,8 @@ class LiveView:
     def _progress(self, width: int) -> Text | Table:
         picture = self._picture
         total, step = picture.total_steps, picture.step
+        if step is not None and picture.phase is None and picture.state_name in _AT_REST:
+            return Text(f"step {step.step}/{total} · {picture.activity()}")
         if not total or picture.phase is not None or (step is None and picture.state_name != "running"):
             if picture.phase is None or not picture.phase.total:
                 return Text(picture.activity())

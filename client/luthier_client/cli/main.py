@@ -6,7 +6,7 @@ from typing import Any
 import click
 
 from luthier_client import __version__
-from luthier_client.cli.lazy import FORMATS, Command, LazyGroup, Settings, settings
+from luthier_client.cli.lazy import FILE, FORMATS, Command, LazyGroup, Settings, settings
 from luthier_client.errors import LuthierError, SpecFileError
 
 USAGE = 2
@@ -40,7 +40,7 @@ class Root(LazyGroup):
     cls=Root,
     lazy={
         "train": ("train:train", "Fine-tune a model on a file, and watch it."),
-        "job": ("jobs:job", "Create, look at, watch and cancel jobs."),
+        "job": ("jobs:job", "Create, watch, pause, resume, cancel and delete jobs."),
         "dataset": ("datasets:dataset", "Upload, list and delete datasets."),
         "model": ("models:model", "List and download models."),
         "version": ("main:version", "Show the versions of client and server."),
@@ -59,11 +59,18 @@ class Root(LazyGroup):
     "--endpoint", metavar="HOST:PORT", help="Where luthierd listens.  [env: LUTHIER_ENDPOINT; default: 127.0.0.1:50051]"
 )
 @click.option("-o", "--output", type=FORMATS, default="table", show_default=True, help="How results are printed.")
+@click.option("--token-file", type=FILE, help="A file with the token.  [env: LUTHIER_TOKEN, LUTHIER_TOKEN_FILE]")
+@click.option(
+    "--tls-ca", type=FILE, help="The authority (PEM) of the server's certificate; asks for TLS.  [env: LUTHIER_TLS_CA]"
+)
+@click.option("--tls", is_flag=True, help="Speak TLS; https:// before the endpoint does too.")
 @click.version_option(__version__, prog_name="luthier", message="%(prog)s %(version)s")
 @click.pass_context
-def cli(ctx: click.Context, endpoint: str | None, output: str) -> None:
+def cli(
+    ctx: click.Context, endpoint: str | None, output: str, token_file: str | None, tls_ca: str | None, tls: bool
+) -> None:
     """Fine-tune language models on a luthierd server."""
-    ctx.obj = Settings(endpoint=endpoint, output=output)
+    ctx.obj = Settings(endpoint=endpoint, output=output, token_file=token_file, tls_ca=tls_ca, tls=tls)
 
 
 @click.command(cls=Command, examples="luthier version --server")
@@ -75,9 +82,9 @@ def version(ctx: click.Context, server: bool) -> None:
 
     facts: dict[str, Any] = {"client": __version__}
     if server:
-        from luthier_client import Client
+        from luthier_client.cli.connect import connect
 
-        with Client(settings(ctx).endpoint, timeout=5) as client:
+        with connect(settings(ctx), timeout=5) as client:
             info = client.server_info()
         facts.update(server=info.version or "unknown", endpoint=info.endpoint, serving=info.serving)
     output.facts(settings(ctx), facts)

@@ -22,10 +22,10 @@ def list_(ctx: click.Context, limit: int) -> None:
     """List models, newest first."""
     from itertools import islice
 
-    from luthier_client import Client
     from luthier_client.cli import output
+    from luthier_client.cli.connect import connect
 
-    with Client(settings(ctx).endpoint) as client:
+    with connect(settings(ctx)) as client:
         found = list(islice(client.list_models(page_size=min(limit, 1000)), limit))
     headers = ["ID", "KIND", "STEP", "SIZE", "CREATED", "NAME"]
     rows = [
@@ -47,10 +47,10 @@ def list_(ctx: click.Context, limit: int) -> None:
 @click.pass_context
 def get(ctx: click.Context, model_id: str) -> None:
     """Show a model."""
-    from luthier_client import Client
     from luthier_client.cli import ids, output
+    from luthier_client.cli.connect import connect
 
-    with Client(settings(ctx).endpoint) as client:
+    with connect(settings(ctx)) as client:
         found = client.get_model(ids.model(client, model_id))
     output.resource(settings(ctx), found, _details(found))
 
@@ -67,12 +67,12 @@ def download(ctx: click.Context, model_id: str, directory: str | None) -> None:
     """Download a model, or a checkpoint (JOB:step-N). The directory appears whole or not at all."""
     import json
 
-    from luthier_client import Client
     from luthier_client.cli import ids
+    from luthier_client.cli.connect import connect
     from luthier_client.cli.transfer import progress
 
     chosen = settings(ctx)
-    with Client(chosen.endpoint) as client:
+    with connect(chosen) as client:
         whole = ids.model(client, model_id)
         with progress("downloading") as report:
             target = client.download_model(whole, directory or whole.replace(":", "-"), on_progress=report)

@@ -20,6 +20,8 @@ STATE_COLOURS = {
     "cancelled": "yellow",
     "running": "cyan",
     "preparing": "cyan",
+    "pausing": "yellow",
+    "paused": "yellow",
     "queued": "blue",
     "validating": "blue",
 }
@@ -87,6 +89,12 @@ def age(timestamp: Any) -> str:
     if not timestamp.seconds:
         return ""
     return duration(datetime.now(UTC).timestamp() - timestamp.seconds) + " ago"
+
+
+def clock(seconds: float) -> str:
+    """A moment as the clock of this machine shows it, with the date when it is not today's."""
+    moment = datetime.fromtimestamp(seconds)
+    return moment.strftime("%H:%M:%S" if moment.date() == datetime.now().date() else "%Y-%m-%d %H:%M:%S")
 
 
 def number(value: float) -> str:

@@ -11,11 +11,13 @@ from luthier.v1.event_pb2 import (
     Phase,
     PhaseProgressed,
     PlanResolved,
+    ResumeChecked,
     SamplesGenerated,
     StepCompleted,
 )
-from luthier.v1.job_pb2 import JOB_STATE_QUEUED, Job, JobError, JobState
+from luthier.v1.job_pb2 import JOB_STATE_PAUSED, JOB_STATE_QUEUED, Job, JobError, JobState
 from luthier_client import enums
+from luthier_client.cli import output
 from luthier_client.metrics import Metrics, MetricsFold
 from luthier_client.watch import is_terminal
 
@@ -29,10 +31,16 @@ class JobPicture:
         self.job = job
         self.state: JobState.ValueType = job.state
         self.reason = ""
+        self.message = ""
         self.error: JobError | None = None
         self.model_id = job.model_id
         self.attempt = job.attempt
         self.queue_position = job.queue_position
+        self.retry_at = float(job.retry_time.seconds)
+        """When a lost attempt is tried again, in seconds since 1970; 0 when nothing is waited for."""
+        self.discarded = 0
+        """Steps that the newest attempt makes again."""
+        self.resumed: ResumeChecked | None = None
         self.plan: PlanResolved | None = None
         self.phase: PhaseProgressed | None = None
         self.samples: dict[int, SamplesGenerated] = {}
@@ -88,7 +96,10 @@ class JobPicture:
         if payload == "state_changed":
             self._change(event.state_changed)
         elif payload == "attempt_started":
+            reached = self.step.step if self.step is not None else 0
+            self.discarded = max(0, reached - event.attempt_started.discarded_from_step)
             self.attempt = event.attempt_started.attempt
+            self.resumed = None
             self.queue_position = 0
             self.phase = None
             self._times.clear()
@@ -97,6 +108,8 @@ class JobPicture:
             self.plan = event.plan_resolved
         elif payload == "phase_progressed":
             self.phase = event.phase_progressed
+        elif payload == "resume_checked":
+            self.resumed = event.resume_checked
         elif payload == "samples_generated":
             self.samples[event.samples_generated.step] = event.samples_generated
         elif payload == "log_emitted" and event.log_emitted.level in (LOG_LEVEL_WARNING, LOG_LEVEL_ERROR):
@@ -127,6 +140,12 @@ class JobPicture:
 
     def activity(self) -> str:
         """What the job is busy with, in a few words."""
+        if self.state == JOB_STATE_QUEUED and self.retry_at:
+            left = self.retry_at - time.time()
+            when = f"at {output.clock(self.retry_at)}" if left > 0 else "now"
+            return f"tries again {when}" + (f", in {output.duration(left)}" if left > 0 else "")
+        if self.state == JOB_STATE_PAUSED:
+            return f"paused: {output.one_line(self.message, 100)}" if self.message else "paused until it is resumed"
         if self.state == JOB_STATE_QUEUED:
             place = f", position {self.queue_position}" if self.queue_position else ""
             return f"queued{place}"
@@ -139,7 +158,8 @@ class JobPicture:
 
     def _change(self, change: Any) -> None:
         self.state = change.state
-        self.reason = change.reason
+        self.reason, self.message = change.reason, change.message
+        self.retry_at = 0.0
         self.phase = None
         if change.HasField("error"):
             self.error = change.error

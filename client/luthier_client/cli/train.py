@@ -16,6 +16,7 @@ if TYPE_CHECKING:
     examples="""luthier train data.jsonl
     luthier train data.jsonl --base Qwen/Qwen2.5-0.5B --epochs 2 --rank 32
     luthier train data.jsonl --validation heldout.jsonl --set sample_prompts='[Hello, Who are you?]'
+    luthier train data.jsonl --epochs 5 --resume-from @latest:step-200
     luthier train cards@3 --set full= --learning-rate 2e-5 --detach""",
 )
 @click.argument("data")
@@ -31,6 +32,7 @@ if TYPE_CHECKING:
 @click.option("--rank", metavar="NUMBER", help="Rank of the LoRA adapter.")
 @click.option("--max-length", metavar="NUMBER", help="Longest example in tokens.")
 @click.option("--seed", metavar="NUMBER", help="Seed of order, start and dropout.")
+@click.option("--resume-from", metavar="JOB:step-N", help="Go on from a checkpoint of another job.")
 @click.option("--set", "assignments", metavar="KEY=VALUE", multiple=True, help="Set any field; KEY may be shortened.")
 @click.option("--detach", is_flag=True, help="Return once the job is created.")
 @click.pass_context
@@ -41,14 +43,15 @@ def train(
     base: str,
     validation: str | None,
     name: str | None,
+    resume_from: str | None,
     assignments: tuple[str, ...],
     detach: bool,
     **flags: str | None,
 ) -> None:
     """Fine-tune a model on DATA, a file of JSON lines or a dataset, and watch it."""
     from luthier.v1.job_pb2 import JobSpec
-    from luthier_client import Client
-    from luthier_client.cli import output
+    from luthier_client.cli import ids, output
+    from luthier_client.cli.connect import connect
     from luthier_client.cli.follow import follow
     from luthier_client.spec import apply_settings
 
@@ -57,10 +60,12 @@ def train(
     spec.fine_tune.base_model = base
     given = [f"{key}={value}" for key, value in flags.items() if value is not None]
     apply_settings(spec, [*given, *assignments])
-    with Client(chosen.endpoint) as client:
+    with connect(chosen) as client:
         spec.fine_tune.training_dataset = _dataset(client, chosen, data)
         if validation is not None:
             spec.fine_tune.validation_dataset = _dataset(client, chosen, validation)
+        if resume_from is not None:
+            spec.fine_tune.resume_from = ids.checkpoint(client, resume_from)
         handle = client.create_job(spec)
         if not detach:
             ctx.exit(follow(chosen, handle))

@@ -1,6 +1,7 @@
 """The fake service as a process that tests may kill."""
 
 import json
+import os
 import subprocess
 import sys
 from pathlib import Path
@@ -8,20 +9,32 @@ from typing import Any
 
 from luthier.v1.job_pb2 import JobSpec
 
-FAKE = Path(__file__).with_name("fake_service.py")
+TESTS = Path(__file__).parents[2]
 
 
 class FakeServer:
     """A fake luthierd on an ephemeral port, which stays the same over restarts."""
 
-    def __init__(self, root: Path) -> None:
+    def __init__(self, root: Path, token: str = "") -> None:
         self.root = root
+        self.token = token
         self.endpoint = "127.0.0.1:0"
         self._process: subprocess.Popen[str] | None = None
 
     def start(self) -> None:
-        command = [sys.executable, str(FAKE), "--listen", self.endpoint, "--state", str(self.root)]
-        self._process = subprocess.Popen(command, stdout=subprocess.PIPE, text=True)
+        command = [
+            sys.executable,
+            "-m",
+            "unit.client.fake_service",
+            "--listen",
+            self.endpoint,
+            "--state",
+            str(self.root),
+        ]
+        command += ["--token", self.token] if self.token else []
+        paths = [str(TESTS), *filter(None, [os.environ.get("PYTHONPATH")])]
+        environment = {**os.environ, "PYTHONPATH": os.pathsep.join(paths)}
+        self._process = subprocess.Popen(command, stdout=subprocess.PIPE, text=True, env=environment)
         assert self._process.stdout is not None
         self.endpoint = f"127.0.0.1:{int(self._process.stdout.readline())}"
 

@@ -5,14 +5,17 @@ What a job does is written in its labels, so a test says it with CreateJob and n
     steps=N pace=SECONDS        optimizer steps, and the time between two events (0: all events are there at once)
     outcome=failed              ends FAILED with LOSS_NOT_FINITE
     retry_at=K                  the first attempt is lost after step K; the second goes on from step K - 2
+    retry_wait=SECONDS          how long it waits before that, with its retry_time
+    unequal=1                   the check of whatever goes on finds another loss
     queued=SECONDS              how long it waits in the queue
     break=CODE:REASON:K         every stream ends with this status after K events, until the log is through
     hole=K                      sequence K is never sent
     silent=K                    every stream ends OK after K events, as a careless handler would
 
-A job's log is a function of its stored row (spec, creation, cancel), kept in `--state`: a server that is killed and
-started again goes on with the same log and the same history, as the real one does. Every request of CreateJob and
-WatchJob is written to `STATE/calls.jsonl`.
+A job's log is a function of its stored row (spec, creation, rests, cancel), kept in `--state`: a server that is killed
+and started again goes on with the same log and the same history, as the real one does. Every request of CreateJob and
+WatchJob is written to `STATE/calls.jsonl`. With `--token` each call but health needs it, and whether it came is written
+there too.
 """
 
 import argparse
@@ -27,8 +30,9 @@ from typing import Any
 import grpc
 import grpc.aio
 from google.protobuf import json_format
-from google.protobuf.any_pb2 import Any as AnyMessage
-from google.rpc import error_details_pb2, status_pb2
+from google.rpc import error_details_pb2
+from unit.client.fake_guard import Guard, info, status
+from unit.client.fake_log import log_of
 
 from luthier.v1 import datasets_pb2 as ds
 from luthier.v1 import datasets_pb2_grpc, fine_tuning_pb2_grpc, models_pb2_grpc
@@ -41,20 +45,6 @@ from luthier.v1.model_pb2 import Model, ModelFile
 
 VERSION = "9.8.7"
 FILES = {"adapter_config.json": b'{"r": 16}\n', "adapter_model.safetensors": bytes(range(256)) * 3000, "empty.txt": b""}
-
-
-def _status(code: grpc.StatusCode, message: str, *details: Any) -> tuple[grpc.StatusCode, str, tuple[Any, ...]]:
-    packed = []
-    for detail in details:
-        each = AnyMessage()
-        each.Pack(detail)
-        packed.append(each)
-    status = status_pb2.Status(code=code.value[0], message=message, details=packed)
-    return code, message, (("grpc-status-details-bin", status.SerializeToString()),)
-
-
-def _info(reason: str, **metadata: str) -> Any:
-    return error_details_pb2.ErrorInfo(reason=reason, domain="luthier", metadata=metadata)
 
 
 class State:
@@ -78,91 +68,6 @@ class State:
 
 def spec_of(row: dict[str, Any]) -> jb.JobSpec:
     return json_format.ParseDict(row["spec"], jb.JobSpec())
-
-
-def log_of(job_id: str, row: dict[str, Any]) -> list[tuple[float, ev.JobEvent]]:
-    """The whole log as (seconds after creation, event), each dense in its sequence."""
-    labels = row["spec"].get("labels", {})
-    pace, steps = float(labels.get("pace", 0)), int(labels.get("steps", 3))
-    due, attempt, sequence = 0.0, 0, 0
-    entries: list[tuple[float, ev.JobEvent]] = []
-
-    def add(**payload: Any) -> None:
-        nonlocal due, sequence
-        sequence += 1
-        event = ev.JobEvent(job_id=job_id, sequence=sequence, attempt=attempt, **payload)
-        event.event_time.FromNanoseconds(int((row["created"] + due) * 1e9))
-        entries.append((due, event))
-        due += pace
-
-    state = jb.JOB_STATE_UNSPECIFIED
-
-    def become(new: jb.JobState.ValueType, reason: str, **more: Any) -> None:
-        nonlocal state
-        add(state_changed=ev.StateChanged(from_state=state, state=new, reason=reason, **more))
-        state = new
-
-    def step(number: int) -> None:
-        loss = 2.5 / number**0.5
-        row = ev.StepCompleted(step=number, total_steps=steps, epoch=3 * number / steps, loss=loss + attempt / 1000)
-        row.learning_rate, row.grad_norm, row.tokens_per_second = 2e-4 * (1 - number / steps), 1.0, 3000.0 + number
-        row.trained_tokens = row.computed_tokens = 1000 * number
-        add(step_completed=row)
-
-    def evaluate(number: int, loss: float) -> None:
-        row = ev.EvaluationCompleted(step=number, loss=loss, perplexity=2.7**loss, token_accuracy=0.5, rows=10)
-        add(evaluation_completed=row)
-        sample = ev.Sample(prompt="What is a lute?", completion="A" + "h" * number + " \x1b[31mstring")
-        add(samples_generated=ev.SamplesGenerated(step=number, samples=[sample]))
-
-    def start(number: int, from_step: int, reason: str) -> None:
-        nonlocal attempt
-        attempt = number
-        add(
-            attempt_started=ev.AttemptStarted(
-                attempt=number, resumed_from_step=from_step, discarded_from_step=from_step, reason=reason
-            )
-        )
-
-    become(jb.JOB_STATE_VALIDATING, "SUBMITTED")
-    become(jb.JOB_STATE_QUEUED, "VALID")
-    due += float(labels.get("queued", 0))
-    become(jb.JOB_STATE_PREPARING, "SLOT_FREE")
-    start(1, 0, "FIRST")
-    add(phase_progressed=ev.PhaseProgressed(phase=ev.PHASE_TOKENIZING, completed=50, total=100, unit="rows"))
-    plan = ev.PlanResolved(device="cpu", dtype="float32", attention="documents-sdpa", total_steps=steps)
-    add(plan_resolved=plan)
-    become(jb.JOB_STATE_RUNNING, "STARTED")
-    evaluate(0, 2.5)
-    retry_at = int(labels.get("retry_at", 0))
-    for number in range(1, (retry_at or steps) + 1):
-        step(number)
-    if retry_at:
-        become(jb.JOB_STATE_QUEUED, "WORKER_LOST")
-        become(jb.JOB_STATE_PREPARING, "SLOT_FREE")
-        start(2, retry_at - 2, "WORKER_LOST")
-        become(jb.JOB_STATE_RUNNING, "STARTED")
-        for number in range(retry_at - 1, steps + 1):
-            step(number)
-    add(log_emitted=ev.LogEmitted(level=ev.LOG_LEVEL_WARNING, message="a row was cut \x1b]0;owned\x07"))
-    add(checkpoint_saved=ev.CheckpointSaved(step=steps, name=f"{job_id}:step-{steps}", size_bytes=4096))
-    if labels.get("outcome") == "failed":
-        error = jb.JobError(
-            reason="LOSS_NOT_FINITE", message="The loss became infinite.", hint="Lower the learning rate."
-        )
-        error.log_lines.extend(["step 3", "loss inf"])
-        become(jb.JOB_STATE_FAILED, "LOSS_NOT_FINITE", error=error)
-    else:
-        evaluate(steps, 0.9)
-        become(jb.JOB_STATE_SUCCEEDED, "FINISHED", model_id=job_id.replace("job_", "model_"))
-    cancelled = row.get("cancelled")
-    if cancelled is not None:
-        entries = [entry for entry in entries if entry[0] <= cancelled]
-        last = next(e.state_changed.state for _, e in reversed(entries) if e.HasField("state_changed"))
-        sequence, due, state, pace = len(entries), cancelled, last, 0.0
-        become(jb.JOB_STATE_CANCELLING, "CANCEL_REQUESTED")
-        become(jb.JOB_STATE_CANCELLED, "CANCEL_REQUESTED")
-    return entries
 
 
 class Services(
@@ -196,14 +101,15 @@ class Services(
                 )
                 job.progress.loss = event.step_completed.loss
         job.queue_position = 2 if job.state == jb.JOB_STATE_QUEUED else 0
+        if events[-1].state_changed.reason == "WORKER_LOST":
+            wait = float(row["spec"].get("labels", {}).get("retry_wait", 0))
+            job.retry_time.FromNanoseconds(events[-1].event_time.ToNanoseconds() + int(wait * 1e9))
         return job
 
     async def known(self, job_id: str, context: Any) -> None:
         if job_id not in self.state.rows:
             resource = error_details_pb2.ResourceInfo(resource_type="luthier.v1.Job", resource_name=job_id)
-            await context.abort(
-                *_status(grpc.StatusCode.NOT_FOUND, f"no job {job_id}", _info("JOB_NOT_FOUND"), resource)
-            )
+            await context.abort(*status(grpc.StatusCode.NOT_FOUND, f"no job {job_id}", info("JOB_NOT_FOUND"), resource))
 
     async def CreateJob(self, request: Any, context: Any) -> Any:
         self.state.note(method="CreateJob", request_id=request.request_id, validate_only=request.validate_only)
@@ -213,12 +119,12 @@ class Services(
             self.refusals[request.request_id] -= 1
             retry = error_details_pb2.RetryInfo()
             retry.retry_delay.FromMilliseconds(20)
-            await context.abort(*_status(grpc.StatusCode.UNAVAILABLE, "draining", _info("SERVER_DRAINING"), retry))
+            await context.abort(*status(grpc.StatusCode.UNAVAILABLE, "draining", info("SERVER_DRAINING"), retry))
         if request.spec.fine_tune.base_model == "bad":
             bad = error_details_pb2.BadRequest()
             bad.field_violations.add(field="spec.fine_tune.base_model", description="no such model")
             bad.field_violations.add(field="spec.fine_tune.hyperparameters.epochs", description="must be >= 0")
-            await context.abort(*_status(grpc.StatusCode.INVALID_ARGUMENT, "2 violations", _info("SPEC_INVALID"), bad))
+            await context.abort(*status(grpc.StatusCode.INVALID_ARGUMENT, "2 violations", info("SPEC_INVALID"), bad))
         digest = hashlib.sha256(request.request_id.encode()).hexdigest()[:16].upper()
         job_id = f"job_01{len(self.state.rows):08d}{digest}"
         row = {"spec": json_format.MessageToDict(request.spec), "created": time.time()}
@@ -246,9 +152,7 @@ class Services(
         retry.retry_delay.FromMilliseconds(1500)
         bad = error_details_pb2.BadRequest()
         bad.field_violations.add(field="a.b", description="is wrong")
-        await context.abort(
-            *_status(grpc.StatusCode[name], f"told {name}", _info(f"WHY_{name}", fact="42"), bad, retry)
-        )
+        await context.abort(*status(grpc.StatusCode[name], f"told {name}", info(f"WHY_{name}", fact="42"), bad, retry))
 
     async def ListJobs(self, request: Any, context: Any) -> Any:
         jobs = [self.job(job_id) for job_id in sorted(self.state.rows, reverse=True)]
@@ -269,28 +173,70 @@ class Services(
         await self.known(request.job_id, context)
         row = self.state.rows[request.job_id]
         if self.job(request.job_id).state in (jb.JOB_STATE_SUCCEEDED, jb.JOB_STATE_FAILED):
-            unmet = error_details_pb2.PreconditionFailure()
-            unmet.violations.add(type="STATE", subject=request.job_id, description="it has ended")
-            await context.abort(
-                *_status(grpc.StatusCode.FAILED_PRECONDITION, "it has ended", _info("JOB_ENDED"), unmet)
-            )
+            await self.refuse("JOB_ENDED", request.job_id, context)
         row.setdefault("cancelled", time.time() - row["created"])
         self.state.save()
         return ft.CancelJobResponse(job=self.job(request.job_id))
+
+    async def refuse(self, reason: str, job_id: str, context: Any) -> None:
+        unmet = error_details_pb2.PreconditionFailure()
+        unmet.violations.add(type=reason, subject=job_id, description="not in this state")
+        await context.abort(*status(grpc.StatusCode.FAILED_PRECONDITION, "not in this state", info(reason), unmet))
+
+    async def PauseJob(self, request: Any, context: Any) -> Any:
+        await self.known(request.job_id, context)
+        row, state = self.state.rows[request.job_id], self.job(request.job_id).state
+        if state in (8, 9, 10):
+            await self.refuse("JOB_ENDED", request.job_id, context)
+        if state != jb.JOB_STATE_PAUSED:
+            row.setdefault("rests", []).append([time.time() - row["created"], None])
+            self.state.save()
+        return ft.PauseJobResponse(job=self.job(request.job_id))
+
+    async def ResumeJob(self, request: Any, context: Any) -> Any:
+        await self.known(request.job_id, context)
+        row, state = self.state.rows[request.job_id], self.job(request.job_id).state
+        if state in (8, 9, 10):
+            await self.refuse("JOB_ENDED", request.job_id, context)
+        if state == jb.JOB_STATE_PAUSED:
+            row["rests"][-1][1] = time.time() - row["created"]
+            self.state.save()
+        return ft.ResumeJobResponse(job=self.job(request.job_id))
+
+    async def DeleteJob(self, request: Any, context: Any) -> Any:
+        await self.known(request.job_id, context)
+        job = self.job(request.job_id)
+        if job.state not in (jb.JOB_STATE_PAUSED, 8, 9, 10):
+            await self.refuse("JOB_NOT_AT_REST", request.job_id, context)
+        del self.state.rows[request.job_id]
+        self.state.save()
+        return ft.DeleteJobResponse(job=job)
+
+    async def ListCheckpoints(self, request: Any, context: Any) -> Any:
+        await self.known(request.job_id, context)
+        saved = [e for e in self.visible(request.job_id) if e.HasField("checkpoint_saved")]
+        response = ft.ListCheckpointsResponse()
+        for event in reversed(saved):
+            checkpoint = response.checkpoints.add(name=event.checkpoint_saved.name, job_id=request.job_id)
+            checkpoint.step, checkpoint.attempt = event.checkpoint_saved.step, event.attempt
+            checkpoint.size_bytes = event.checkpoint_saved.size_bytes
+            checkpoint.create_time.CopyFrom(event.event_time)
+        return response
 
     async def WatchJob(self, request: Any, context: Any) -> AsyncIterator[Any]:
         self.state.note(method="WatchJob", after=request.after_sequence, history_id=request.history_id)
         await self.known(request.job_id, context)
         if request.history_id not in ("", "history-1"):
-            await context.abort(*_status(grpc.StatusCode.FAILED_PRECONDITION, "foreign", _info("HISTORY_MISMATCH")))
+            await context.abort(*status(grpc.StatusCode.FAILED_PRECONDITION, "foreign", info("HISTORY_MISMATCH")))
         labels = self.state.rows[request.job_id]["spec"].get("labels", {})
         code, reason, limit = labels.get("break", "::0").split(":")
         silent, hole = int(labels.get("silent", 0)), int(labels.get("hole", 0))
         cursor, sent = request.after_sequence, 0
         if cursor > len(self.visible(request.job_id)):
-            await context.abort(*_status(grpc.StatusCode.OUT_OF_RANGE, "past", _info("POSITION_PAST_HEAD")))
+            await context.abort(*status(grpc.StatusCode.OUT_OF_RANGE, "past", info("POSITION_PAST_HEAD")))
         yield ft.WatchJobResponse(cursor=cursor, history_id="history-1")
         while True:
+            await self.known(request.job_id, context)
             events = self.visible(request.job_id)[cursor:]
             for event in events:
                 if silent and sent == silent:
@@ -298,11 +244,12 @@ class Services(
                 if code and sent == int(limit):
                     if reason == "KILL":
                         await context.abort(grpc.StatusCode[code], "Socket closed")
-                    await context.abort(*_status(grpc.StatusCode[code], "again", _info(reason)))
+                    await context.abort(*status(grpc.StatusCode[code], "again", info(reason)))
                 cursor = event.sequence
                 sent += 1
                 if event.sequence != hole:
                     yield ft.WatchJobResponse(events=[event], cursor=cursor, history_id="history-1")
+            await self.known(request.job_id, context)
             if self.job(request.job_id).state in (8, 9, 10) and cursor == len(self.visible(request.job_id)):
                 return
             await asyncio.sleep(0.01)
@@ -322,9 +269,9 @@ class Services(
             bad = error_details_pb2.BadRequest()
             for number in broken[:25]:
                 bad.field_violations.add(field=f"line {number}", description="is not a JSON object")
-            info = _info("DATASET_INVALID", findings=str(len(broken)), lines=",".join(map(str, broken[:100])))
+            why = info("DATASET_INVALID", findings=str(len(broken)), lines=",".join(map(str, broken[:100])))
             await context.abort(
-                *_status(grpc.StatusCode.INVALID_ARGUMENT, f"{len(broken)} findings in {metadata.name}", info, bad)
+                *status(grpc.StatusCode.INVALID_ARGUMENT, f"{len(broken)} findings in {metadata.name}", why, bad)
             )
         versions = [each for each in self.state.datasets.values() if each.name == metadata.name]
         for each in versions:
@@ -342,7 +289,7 @@ class Services(
         for each in reversed(self.state.datasets.values()):
             if name in (each.id, each.name, f"{each.name}@{each.version}"):
                 return each
-        await context.abort(*_status(grpc.StatusCode.NOT_FOUND, f"no dataset {name}", _info("DATASET_NOT_FOUND")))
+        await context.abort(*status(grpc.StatusCode.NOT_FOUND, f"no dataset {name}", info("DATASET_NOT_FOUND")))
         raise AssertionError
 
     async def GetDataset(self, request: Any, context: Any) -> Any:
@@ -368,7 +315,7 @@ class Services(
         for model in self.models():
             if model.id == request.model_id:
                 return md.GetModelResponse(model=model)
-        await context.abort(*_status(grpc.StatusCode.NOT_FOUND, "no such model", _info("MODEL_NOT_FOUND")))
+        await context.abort(*status(grpc.StatusCode.NOT_FOUND, "no such model", info("MODEL_NOT_FOUND")))
 
     async def ListModels(self, request: Any, context: Any) -> Any:
         return md.ListModelsResponse(models=[each for each in self.models() if each.id.startswith(request.id_prefix)])
@@ -398,9 +345,11 @@ async def _health(_: bytes, context: Any) -> bytes:
     return b"\x08\x01"
 
 
-async def serve(listen: str, root: Path) -> None:
-    server = grpc.aio.server(options=[("grpc.so_reuseport", 0)])
-    services = Services(State(root))
+async def serve(listen: str, root: Path, token: str) -> None:
+    state = State(root)
+    guards = [Guard(state.note, token)] if token else []
+    server = grpc.aio.server(options=[("grpc.so_reuseport", 0)], interceptors=guards)
+    services = Services(state)
     fine_tuning_pb2_grpc.add_FineTuningServicer_to_server(services, server)
     datasets_pb2_grpc.add_DatasetsServicer_to_server(services, server)
     models_pb2_grpc.add_ModelsServicer_to_server(services, server)
@@ -417,5 +366,6 @@ if __name__ == "__main__":
     parser = argparse.ArgumentParser()
     parser.add_argument("--listen", default="127.0.0.1:0")
     parser.add_argument("--state", type=Path, required=True)
+    parser.add_argument("--token", default="")
     arguments = parser.parse_args()
-    asyncio.run(serve(arguments.listen, arguments.state))
+    asyncio.run(serve(arguments.listen, arguments.state, arguments.token))

@@ -49,7 +49,8 @@ async def test_every_status_code_becomes_its_error_with_all_details_on_both_stac
     for error in caught:
         assert type(error) is kind
         assert (error.code, error.message, error.reason) == (code, f"told {code}", f"WHY_{code}")
-        assert error.metadata == {"fact": "42"}
+        assert error.metadata == {"fact": "42"} | ({"hint": error.hint} if code == "UNAUTHENTICATED" else {})
+        assert ("LUTHIER_TOKEN" in error.hint) == (code == "UNAUTHENTICATED")
         assert error.violations == [("a.b", "is wrong")]
         assert error.retry_delay == 1.5
         again = pickle.loads(pickle.dumps(error))
