@@ -72,7 +72,9 @@ def test_every_setting_is_written_down_with_its_flag_variable_and_default() -> N
     for name, field in shown.items():
         variable, default, _ = rows[f"`--{name.replace('_', '-')}`"]
         assert variable == f"`LUTHIER_{name.upper()}`"
-        if name not in ("data_dir", "trainer_python", "model_root", "secrets_dir"):
+        if field.default is None:
+            assert default == "none"
+        elif name not in ("data_dir", "trainer_python", "model_root"):
             expected = str(field.default).lower() if isinstance(field.default, bool) else str(field.default)
             assert default == f"`{expected}`"
 
