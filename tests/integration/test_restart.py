@@ -1,7 +1,9 @@
 """Stopping, killing and starting luthierd loses no job and no event."""
 
+import asyncio
 import os
 import signal
+import socket
 import subprocess
 import sys
 import threading
@@ -16,6 +18,7 @@ from daemon import Daemon, dense, kinds, puppet, reason, small, until
 from luthier.v1 import fine_tuning_pb2 as ft
 from luthier.v1.event_pb2 import JobEvent
 from luthier.v1.job_pb2 import Checkpoints, JobState
+from luthier_client import AsyncClient, Client
 
 Start = Callable[..., Daemon]
 SLOW = puppet(steps=60, step_seconds=0.05)
@@ -57,6 +60,41 @@ def test_a_trainer_outlives_its_server_and_the_next_one_adopts_it(daemons: Start
     assert steps == list(range(1, 61))
     assert [e.attempt_started.pid for e in events if e.HasField("attempt_started")] == [trainer.pid]
     assert daemon.wait(waiting.id).state == JobState.JOB_STATE_SUCCEEDED
+
+
+def test_watchers_of_the_python_client_see_the_whole_log_across_a_kill_and_do_nothing_for_it(daemons: Start) -> None:
+    with socket.socket() as free:
+        free.bind(("127.0.0.1", 0))
+        port = free.getsockname()[1]
+    daemon = daemons(*puppet(steps=150, step_seconds=0.05), "--listen", f"127.0.0.1:{port}")
+    daemon.upload()
+    job = daemon.create()
+    seen: list[list[JobEvent]] = []
+
+    def watch() -> None:
+        with Client(daemon.address) as client:
+            seen.append(list(client.get_job(job.id).watch()))
+
+    async def watch_async() -> None:
+        async with AsyncClient(daemon.address) as client:
+            seen.append([event async for event in (await client.get_job(job.id)).watch()])
+
+    watchers = [threading.Thread(target=watch), threading.Thread(target=lambda: asyncio.run(watch_async()))]
+    for watcher in watchers:
+        watcher.start()
+    daemon.wait_for_step(job.id, 10)
+    (trainer,) = daemon.host().trainers
+    daemon.kill()
+    time.sleep(5)
+    daemon.start()
+    for watcher in watchers:
+        watcher.join(60)
+    whole = list(daemon.watch(job.id))
+    assert dense(whole)
+    assert kinds(whole)[-1] == "SUCCEEDED"
+    assert seen == [whole, whole]
+    assert [e.attempt_started.pid for e in whole if e.HasField("attempt_started")] == [trainer.pid]
+    assert [e.step_completed.step for e in whole if e.HasField("step_completed")] == list(range(1, 151))
 
 
 def test_a_server_that_stops_its_trainers_goes_on_from_their_checkpoints(daemons: Start) -> None:
