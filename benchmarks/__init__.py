@@ -1,0 +1,1 @@
+"""Benchmarks of Luthier against its peers and its own aims: `python -m benchmarks`."""

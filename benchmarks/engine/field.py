@@ -1,0 +1,118 @@
+"""The field: two worker processes and the work they share."""
+
+import contextlib
+import json
+import os
+import subprocess
+import sys
+from collections.abc import Iterator
+from dataclasses import asdict
+from pathlib import Path
+from typing import Any
+
+from benchmarks.console import step
+from benchmarks.engine import workload
+from benchmarks.engine.contestant import Contestant
+from benchmarks.engine.passes import Pass, Products
+
+_WARM_UP_ROWS = 4
+
+
+class CannotRun(Exception):
+    """A contestant failed; the message says how."""
+
+
+class Field:
+    """Runs contestants, one at a time: while one trains the other's process waits for its next request."""
+
+    def __init__(self, work: Path) -> None:
+        self._work = work
+        self._workers: dict[str, subprocess.Popen[str]] = {}
+        self._warm: set[Contestant] = set()
+
+    def prepare(self) -> None:
+        """Makes the model."""
+        self._ask("luthier", {"do": "model"})
+
+    def run(self, contestant: Contestant, rows: int) -> Pass:
+        """A pass over `rows` rows; before a contestant's first one a short pass that is not measured.
+        Raises CannotRun."""
+        if contestant not in self._warm:
+            self._pass(contestant, _WARM_UP_ROWS)
+            self._warm.add(contestant)
+        return self._pass(contestant, rows)
+
+    def products(self, dtype: str) -> Products:
+        """How fast large matrix products are now. Raises CannotRun."""
+        return Products(**self._ask("luthier", {"do": "products", "dtype": dtype}))
+
+    def last_words(self, engine: str) -> list[str]:
+        """The last lines that an engine's worker printed."""
+        log = self._work / f"{engine}.log"
+        return log.read_text(errors="replace").splitlines()[-3:] if log.exists() else []
+
+    def close(self) -> None:
+        """Ends the workers."""
+        for worker in self._workers.values():
+            worker.kill()
+            worker.wait()
+
+    def _pass(self, contestant: Contestant, rows: int) -> Pass:
+        chosen = workload.sample(rows)
+        path = self._work / f"rows-{rows}-{contestant.ordered}.jsonl"
+        if not path.exists():
+            workload.write_rows(path, sorted(chosen, key=lambda each: -each.tokens) if contestant.ordered else chosen)
+        request = {"do": "pass", "contestant": asdict(contestant), "path": path.name, "rows": rows}
+        done = Pass(**self._ask(contestant.engine, request))
+        tokens, scored = sum(each.tokens for each in chosen), sum(each.scored for each in chosen)
+        if (done.tokens, done.scored) != (tokens, scored):
+            raise CannotRun(
+                f"it trained on {done.tokens} tokens and scored {done.scored}, not on {tokens} and {scored}"
+            )
+        return done
+
+    def _ask(self, engine: str, request: dict[str, Any]) -> dict[str, Any]:
+        worker = self._workers.get(engine)
+        if worker is None or worker.poll() is not None:
+            worker = self._workers[engine] = self._start(engine)
+        assert worker.stdin is not None and worker.stdout is not None
+        worker.stdin.write(json.dumps(request) + "\n")
+        worker.stdin.flush()
+        line = worker.stdout.readline()
+        if not line:
+            raise CannotRun(f"the worker of {engine} died with code {worker.wait()}")
+        answer: dict[str, Any] = json.loads(line)
+        if "error" in answer:
+            raise CannotRun(answer["error"])
+        return answer
+
+    def _start(self, engine: str) -> "subprocess.Popen[str]":
+        environment = os.environ | {
+            # What Luthier's trainers set (waiting threads sleep), for both.
+            "OMP_WAIT_POLICY": os.environ.get("OMP_WAIT_POLICY", "PASSIVE"),
+            "HF_HUB_OFFLINE": "1",
+            "TOKENIZERS_PARALLELISM": "false",
+            "HF_DATASETS_CACHE": str(self._work / "datasets"),
+        }
+        with open(self._work / f"{engine}.log", "ab") as log:
+            return subprocess.Popen(
+                [sys.executable, "-m", "benchmarks.engine.worker", str(self._work)],
+                stdin=subprocess.PIPE,
+                stdout=subprocess.PIPE,
+                stderr=log,
+                text=True,
+                env=environment,
+            )
+
+
+@contextlib.contextmanager
+def field(work: Path) -> Iterator[Field]:
+    """A field in the directory `work`, with its model made."""
+    work.mkdir(parents=True, exist_ok=True)
+    made = Field(work)
+    try:
+        with step("making the model"):
+            made.prepare()
+        yield made
+    finally:
+        made.close()

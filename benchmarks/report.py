@@ -1,0 +1,211 @@
+"""`python -m benchmarks.report`: docs/benchmarks.md from the newest result."""
+
+import argparse
+import json
+from collections.abc import Iterable, Sequence
+from pathlib import Path
+from typing import Any
+
+from benchmarks.causes import cause
+from benchmarks.numbers import median
+
+_HERE = Path(__file__).parent
+_RESULTS = _HERE / "results"
+_PAGE = _HERE.parent / "docs" / "benchmarks.md"
+_SIGNS = {"higher": "at least", "lower": "at most"}
+
+
+def newest() -> Path:
+    """The newest result by its date. Raises FileNotFoundError when there is none."""
+    found = [path for path in _RESULTS.glob("*.json") if "aims" in json.loads(path.read_text())]
+    if not found:
+        raise FileNotFoundError("there is no result yet: run python -m benchmarks")
+    return max(found, key=lambda path: str(json.loads(path.read_text())["date"]))
+
+
+def page(result: dict[str, Any], source: str) -> str:
+    """The page as Markdown."""
+    parts = [
+        "# Benchmarks\n\n"
+        f"Written by `python -m benchmarks.report` from `benchmarks/results/{source}`; do not edit. `make bench` "
+        "measures anew, and [benchmarks/README.md](../benchmarks/README.md) tells how.\n",
+        _machine(result),
+        _aims(result["aims"]),
+    ]
+    parts += [
+        write(result[name])
+        for name, write in (("engine", _engine), ("latency", _latency), ("server", _server), ("watch", _watch))
+        if name in result
+    ]
+    return "\n".join(parts)
+
+
+def _table(header: Sequence[str], rows: Iterable[Sequence[str]]) -> str:
+    lines = [header, ["---", *["---:"] * (len(header) - 1)], *rows]
+    return "\n".join("| " + " | ".join(line) + " |" for line in lines) + "\n"
+
+
+def _machine(result: dict[str, Any]) -> str:
+    machine = result["machine"]
+    flags = [flag for flag, has in machine["flags"].items() if has]
+    lacking = [flag for flag, has in machine["flags"].items() if not has]
+    libraries = ", ".join(f"{name} {version}" for name, version in machine["libraries"].items())
+    changed = " with uncommitted changes" if machine["uncommitted_changes"] else ""
+    return (
+        "## Machine\n\n"
+        f"- {result['date']}, {result['seconds']} s in all\n"
+        f"- {machine['cpu']} (family/model {machine['cpu_family_model']}), {machine['cores']} cores, "
+        f"{machine['memory_gib']} GiB; has {', '.join(flags)}; lacks {', '.join(lacking) or 'nothing of note'}\n"
+        f"- Linux {machine['kernel']}, Python {machine['python']}, {libraries}\n"
+        f"- commit {machine['commit'][:12]}{changed}\n"
+        f"- load average before {result['load_before']}, after {result['load_after']}; what ran before the start is in "
+        "it too, so the stars below tell better which passes were disturbed\n"
+    )
+
+
+def _aims(aims: Sequence[dict[str, Any]]) -> str:
+    rows = [
+        (
+            each["text"],
+            f"{each['value']:.2f} {each['unit']}".strip(),
+            f"{_SIGNS[each['better']]} {each['aim']:g}",
+            "yes" if each["met"] else "**no**",
+        )
+        for each in aims
+    ]
+    text = "## Aims\n\n" + _table(("aim", "measured", "aimed at", "met"), rows)
+    text += "\n### What falls short\n\n"
+    missed = [
+        f"- {each['text']}: {cause(each['key']) or 'no cause is known yet.'}\n" for each in aims if not each["met"]
+    ]
+    text += "".join(missed) or "Nothing: every aim is met.\n"
+    return text
+
+
+def _engine(found: dict[str, Any]) -> str:
+    work = found["work"]
+    rows = []
+    for each in found["contestants"]:
+        if not each["rounds"]:
+            rows.append((each["name"], f"did not run: {each['problem']}", "", "", "", "", ""))
+            continue
+        rows.append(
+            (
+                each["name"],
+                f"{each['tokens_per_second']:,.0f}",
+                f"{each['tokens_per_cpu_second']:,.0f}",
+                f"{each['roofline_tokens_per_second']:,.0f}",
+                f"{each['flops_utilisation']:.0%}",
+                f"{each['flops_utilisation_cpu']:.0%}",
+                _rounds(each),
+            )
+        )
+    ratios = [
+        (
+            f"{each['luthier']} / {each['peer']}",
+            f"{each['ratio']:.2f}",
+            f"{each['ratio_of_best_passes']:.2f}",
+            f"{each['ratio_cpu_time']:.2f}",
+            "quiet rounds" if each["quiet"] else "disturbed",
+            " ".join(f"{one:.2f}" for one in each["ratio_rounds"]),
+        )
+        for each in found["comparisons"]
+    ]
+    return (
+        "## Engine\n\n"
+        f"A random 28M-parameter Llama, LoRA r16 on all linears, whole passes over {work['rows']} of 600 chats "
+        f"({work['tokens']:,} tokens, {work['scored_tokens']:,} scored, {work['flops_per_token'] / 1e6:.0f} MFLOP a "
+        "token), 16 examples an optimizer step; medians of interleaved rounds, of the quiet ones if there are two (a "
+        "star: other processes used more than 0.2 cores meanwhile). Real tokens a second, padding not counted; set-up, "
+        "tokenising and a warm-up pass are not timed. The roofline is the speed at which the needed operations would "
+        "run as one large matrix product, measured just before each pass in the dtype that computes.\n\n"
+        + _table(("", "tokens/s", "per CPU second", "roofline", "reached", "in CPU time", "rounds"), rows)
+        + "\n"
+        + _table(("Luthier against TRL's best", "ratio", "best passes", "in CPU time", "median over", "rounds"), ratios)
+    )
+
+
+def _rounds(contestant: dict[str, Any]) -> str:
+    pairs = zip(contestant["rounds"], contestant["other_cores"], strict=True)
+    return " ".join(f"{speed:.0f}{'*' if others > 0.2 else ''}" for speed, others in pairs)
+
+
+def _latency(found: dict[str, Any]) -> str:
+    rows = []
+    for name, key in (("warm trainer host", "warm_seconds"), ("cold: the trainer imports torch", "cold_seconds")):
+        samples = sorted(found[key])
+        rows.append((name, f"{median(samples):.2f} s", f"{samples[0]:.2f}", f"{samples[-1]:.2f}", str(len(samples))))
+    return (
+        "## Latency of a job\n\nFrom CreateJob to the first StepCompleted at the client, `builtin/tiny`, each job on a "
+        "dataset not seen before.\n\n" + _table(("", "median", "least", "most", "jobs"), rows)
+    )
+
+
+def _server(found: dict[str, Any]) -> str:
+    starts, memory = sorted(found["start_seconds"]), found["idle_memory_mib"]
+    calls = [
+        (
+            name.replace("@", ", ") + " at a time",
+            f"{each['p50_ms']:.1f} ms",
+            f"{each['p99_ms']:.1f} ms",
+            f"{each['calls_per_second']:,.0f}",
+        )
+        for name, each in found["calls"].items()
+    ]
+    return (
+        "## Server\n\n"
+        f"From exec to SERVING {median(starts):.2f} s ({starts[0]:.2f} to {starts[-1]:.2f}, {len(starts)} starts). "
+        f"Idle memory {memory['rss']:.0f} MiB resident (PSS {memory['pss']:.0f}, its own {memory['uss']:.0f}).\n\n"
+        + _table(("call", "p50", "p99", "calls/s"), calls)
+    )
+
+
+def _watch(found: dict[str, Any]) -> str:
+    replay = [
+        (
+            f"{each['watchers']:,} x {each['events']:,}",
+            f"{each['luthier']['events_per_second']:,}",
+            f"{each['bare']['events_per_second']:,}",
+            f"{each['ratio']:.1f}",
+            f"{each['luthier']['server_cpu_us_per_event']:.1f} / {each['luthier']['client_cpu_us_per_event']:.1f}",
+            f"{each['bare']['server_cpu_us_per_event']:.1f} / {each['bare']['client_cpu_us_per_event']:.1f}",
+        )
+        for each in found["replay"]
+    ]
+    live = found["live"]
+    lag, spread = live["report_to_receipt_ms"], live["first_to_receipt_ms"]
+    shares = ("p50", "p99", "most")
+    return (
+        "## Watching\n\nA finished job replayed, against a bare grpc.aio stream server that sends the same bytes from "
+        "memory, one message an event. CPU microseconds an event are the server's / the watchers' (one process, "
+        "messages not parsed).\n\n"
+        + _table(
+            ("watchers x events", "Luthier, events/s", "bare, events/s", "ratio", "CPU, Luthier", "CPU, bare"), replay
+        )
+        + f"\nLive: {live['watchers']:,} watchers of a job that makes {live['events_per_second']:.0f} events a second "
+        f"({live['deliveries']:,} deliveries, {live['missing_deliveries']} missing, "
+        f"{live['messages_per_second']:,.0f} messages a second; the server used {live['server_cores']:.2f} cores, the "
+        f"watchers {live['client_cores']:.2f}). Time is counted from the event's own time, which is the trainer's and "
+        "before the commit: an upper bound of commit to receipt. First to receipt is the fan-out alone.\n\n"
+        + _table(
+            ("", *shares),
+            [
+                ("report to receipt", *(f"{lag[each]:.0f} ms" for each in shares)),
+                ("first to receipt", *(f"{spread[each]:.0f} ms" for each in shares)),
+            ],
+        )
+    )
+
+
+def main() -> None:
+    """The command."""
+    parser = argparse.ArgumentParser(prog="python -m benchmarks.report", description=__doc__)
+    parser.add_argument("result", nargs="?", type=Path, help="a result file (default: the newest)")
+    chosen = parser.parse_args().result or newest()
+    _PAGE.parent.mkdir(exist_ok=True)
+    _PAGE.write_text(page(json.loads(chosen.read_text()), chosen.name))
+    print(f"wrote docs/{_PAGE.name} from {chosen.name}")
+
+
+if __name__ == "__main__":
+    main()
