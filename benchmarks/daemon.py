@@ -43,7 +43,7 @@ class Daemon:
     def __init__(self, data_dir: Path, *flags: str) -> None:
         self.data_dir = data_dir
         command = [sys.executable, "-m", "luthier_server.main", "--listen", "127.0.0.1:0"]
-        command += ["--data-dir", str(data_dir), "--log-level", "warning", *flags]
+        command += ["--data-dir", str(data_dir), "--log-level", "warning", "--stop-trainers", *flags]
         address = data_dir / "address"
         with open(data_dir / "luthierd.log", "ab") as log:
             begin = time.perf_counter()
