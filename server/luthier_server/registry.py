@@ -58,6 +58,9 @@ class Registry:
         """
         if base_model in self._builtin:
             return self._builtin[base_model]
+        if not base_model.isprintable():
+            rule = Violation("spec.fine_tune.base_model", "holds characters that no name or path has")
+            raise InvalidArgument(f"{rule.field}: {rule.description}", [rule], reason="MODEL_NOT_FOUND")
         name = base_model
         if base_model.startswith("model_"):
             if not _MODEL_ID.fullmatch(base_model) or await self._rows.get(tenant, base_model) is None:

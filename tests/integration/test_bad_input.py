@@ -95,6 +95,7 @@ def flagged(**fields: Any) -> JobSpec:
         (small(base_model="/etc"), "spec.fine_tune.base_model", "--model-root"),
         (small(base_model="../../etc/passwd"), "spec.fine_tune.base_model", ""),
         (small(base_model="builtin/../../../etc"), "spec.fine_tune.base_model", ""),
+        (small(base_model="builtin\x00/tiny"), "spec.fine_tune.base_model", "characters"),
         (small(base_model="--root"), "spec.fine_tune.base_model", ""),
         (small(base_model="model_01ARZ3NDEKTSV4RRFFQ69G5FAV"), "spec.fine_tune.base_model", "there is no model"),
         (small(base_model="model_../../etc"), "spec.fine_tune.base_model", "there is no model"),

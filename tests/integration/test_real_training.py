@@ -2,7 +2,9 @@
 
 import hashlib
 import json
+import os
 import shutil
+import signal
 import time
 from collections.abc import Iterator
 from pathlib import Path
@@ -141,10 +143,11 @@ def test_a_model_that_the_hub_does_not_give_fails_the_job_with_words(tmp_path: P
 
 
 @pytest.mark.parametrize("end", ["stop", "kill"])
-def test_a_training_that_lost_its_server_ends_with_the_very_adapter_of_one_that_did_not(
+def test_a_training_that_lost_its_server_and_its_trainer_ends_with_the_very_adapter_of_one_that_did_not(
     tmp_path: Path, end: str
 ) -> None:
-    daemon = serve(tmp_path / "data")
+    flags = ["--stop-trainers"] if end == "stop" else ["--retry-seconds", "0.1"]
+    daemon = serve(tmp_path / "data", *flags)
     try:
         steps = spec(60, checkpoints=Checkpoints(every_steps=7), lora=Lora(rank=8, dropout=0.1))
         whole = daemon.create(steps)
@@ -156,6 +159,7 @@ def test_a_training_that_lost_its_server_ends_with_the_very_adapter_of_one_that_
             daemon.stop()
         else:
             daemon.kill()
+            os.killpg(daemon.host().trainers[0].pid, signal.SIGKILL)
         daemon.start()
         events = list(daemon.watch(cut.id))
         assert dense(events)
