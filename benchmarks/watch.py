@@ -45,7 +45,7 @@ class Size:
 def measure(*, quick: bool) -> Section:
     """Replays of a finished job to 1, 100 and 1,000 watchers, then a running job live to 1,000."""
     say("Watching")
-    sizes = (Size(1, 2000), Size(20, 200)) if quick else (Size(1, 5000, 5), Size(100, 600), Size(1000, 60))
+    sizes = (Size(1, 2000), Size(20, 200)) if quick else (Size(1, 5000, 5), Size(100, 600), Size(1000, 600))
     replay = _replays(sizes, 1 if quick else 3, 2000 if quick else _STEPS)
     live = _live(50 if quick else _LIVE_WATCHERS, 2 if quick else 8)
     table(
