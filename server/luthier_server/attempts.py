@@ -41,11 +41,13 @@ _LONGEST_WAIT = 300.0
 
 @dataclass(frozen=True, slots=True)
 class Ending:
-    """How an attempt's process ended, for what its last report does not say."""
+    """How an attempt's process ended, for what its last report does not say. curable: another try could do better."""
 
     lost_reason: str
     lost_message: str
     log_lines: Sequence[str] = ()
+    hint: str = "see the log lines; it can be gone on from its newest checkpoint with fine_tune.resume_from"
+    curable: bool = True
     requeue: bool = False
     storage_full: bool = False
 
@@ -182,13 +184,13 @@ class Attempts:
             self._rest(change, "PAUSE_REQUESTED", "")
         elif kind == "stopped" or ending.requeue:
             change.move(QUEUED, ending.lost_reason, ending.lost_message)
-        elif _may_retry(job):
+        elif ending.curable and _may_retry(job):
             self._retry(change, ending.lost_reason, ending.lost_message)
         else:
             error = JobError(
                 reason=ending.lost_reason,
                 message=ending.lost_message,
-                hint="see the log lines; it can be gone on from its newest checkpoint with fine_tune.resume_from",
+                hint=ending.hint,
                 log_lines=ending.log_lines,
             )
             change.move(FAILED, error.reason, error.message, error=error)

@@ -155,10 +155,6 @@ class Datasets:
             self.blob(dataset).unlink(missing_ok=True)
         return dataset
 
-    async def last_id(self) -> str:
-        """The newest id, or an empty string."""
-        return await self._rows.last_id()
-
 
 def _sync(descriptor: int, flush: Callable[[], None]) -> None:
     flush()

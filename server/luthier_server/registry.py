@@ -87,10 +87,6 @@ class Registry:
             raise NotFound("model", directory.name, "its files are gone")
         return await asyncio.to_thread(_files, directory)
 
-    async def last_id(self) -> str:
-        """The newest id, or an empty string."""
-        return await self._rows.last_id()
-
 
 def _files(directory: Path) -> list[File]:
     found = []

@@ -28,6 +28,7 @@ from luthier_server.store.jobs import Attempt
 log = structlog.get_logger()
 _CHUNK = 1 << 20
 _LOG_LINES = 20
+_REAP_SECONDS = 2.0
 
 
 @dataclass(frozen=True, slots=True)
@@ -189,11 +190,25 @@ class Runner:
         if self._action == ControlAction.CONTROL_ACTION_PREEMPT:
             return Ending("SERVER_RESTARTED", "goes on from its newest checkpoint", requeue=True)
         if self._not_started and not self.attempt.reports:
-            return Ending("WORKER_NOT_STARTED", f"the trainer could not be started: {self._not_started}")
+            return Ending(
+                "WORKER_NOT_STARTED",
+                f"the trainer could not be started: {self._not_started}",
+                hint="see host.log in the data directory, and run luthierd doctor",
+            )
+        if not self.attempt.outcome:
+            await self._reaped()
         ended = _exit(self.directory)
         how = f"was killed because it {self._killed_for}" if self._killed_for else _exit_words(ended)
         lines = await asyncio.to_thread(_last_lines, self.directory / files.LOG)
         return Ending("WORKER_LOST", f"the trainer {how}", lines, storage_full=ended.code == files.EXIT_NO_SPACE)
+
+    async def _reaped(self) -> None:
+        """Gives the host a moment to write how the process ended: the lock is free before the process is reaped."""
+        deadline = time.monotonic() + _REAP_SECONDS
+        while not (self.directory / files.EXIT).exists() and time.monotonic() < deadline:
+            self._wake.clear()
+            with contextlib.suppress(TimeoutError):
+                await asyncio.wait_for(self._wake.wait(), 0.05)
 
     async def _settle(self, ending: Ending) -> None:
         while True:

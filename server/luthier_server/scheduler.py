@@ -11,7 +11,7 @@ import structlog
 from luthier.trainer.v1.task_pb2 import BaseModelSource, ControlAction, DatasetSource, Puppet, TrainerTask
 from luthier_server.attempts import Attempts, Ending
 from luthier_server.datasets import Datasets
-from luthier_server.errors import LuthierError, StorageFull, StoreBusy
+from luthier_server.errors import InvalidArgument, LuthierError, NotFound, StorageFull, StoreBusy
 from luthier_server.executors.base import Executor
 from luthier_server.job import CANCELLING, PAUSING, Job
 from luthier_server.jobs import Jobs
@@ -148,7 +148,9 @@ class Scheduler:
                 task = await self._task(slot, job, attempt)
                 secrets = self._secrets.for_task(job.resolved_spec.fine_tune)
             except (LuthierError, OSError) as error:
-                await self._attempts.settle(attempt, Ending("INPUT_LOST", str(error)))
+                gone = isinstance(error, NotFound | InvalidArgument)
+                hint = "bring back what the message names, and create the job anew"
+                await self._attempts.settle(attempt, Ending("INPUT_LOST", str(error), hint=hint, curable=not gone))
             else:
                 await runner.run(task, secrets)
         except Exception:

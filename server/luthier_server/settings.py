@@ -76,7 +76,6 @@ def _parser() -> argparse.ArgumentParser:
         prog="luthierd",
         description="The daemon of Luthier: keeps fine-tuning jobs, drives trainers, streams their progress over gRPC.",
         epilog="Every flag is also a variable (LUTHIER_DATA_DIR) and a key of the TOML file (data_dir).",
-        formatter_class=argparse.ArgumentDefaultsHelpFormatter,
         argument_default=argparse.SUPPRESS,
     )
     parser.add_argument("--config", metavar="FILE", help="TOML file with settings (LUTHIER_CONFIG)")
@@ -93,7 +92,6 @@ def _parser() -> argparse.ArgumentParser:
         else:
             options.setdefault("metavar", None if "choices" in options else each.name.upper())
             parser.add_argument(flag, help=text, **options)
-    parser.formatter_class = argparse.HelpFormatter
     return parser
 
 

@@ -12,6 +12,7 @@ import grpc
 import pytest
 from daemon import Daemon, dense, details, kinds, puppet, reason, small, until
 
+from luthier.v1 import datasets_pb2 as ds
 from luthier.v1 import fine_tuning_pb2 as ft
 from luthier.v1 import models_pb2 as md
 from luthier.v1.event_pb2 import JobEvent
@@ -235,8 +236,6 @@ def test_the_list_is_newest_first_and_pages_meet_without_gap(daemons: Start) -> 
 
 
 def test_a_dataset_that_a_job_needs_cannot_be_deleted(daemons: Start) -> None:
-    from luthier.v1 import datasets_pb2 as ds
-
     daemon = daemons(*puppet(steps=10_000, step_seconds=0.05))
     dataset = daemon.upload()
     job = daemon.create()
@@ -250,9 +249,34 @@ def test_a_dataset_that_a_job_needs_cannot_be_deleted(daemons: Start) -> None:
     assert daemon.upload().version == 2
 
 
-def test_a_trainer_that_cannot_be_started_fails_its_job_with_words(daemons: Start) -> None:
+def test_a_worker_that_cannot_run_is_said_and_not_taken_for_a_verdict(daemons: Start) -> None:
     daemon = daemons(*puppet(), "--trainer-python", "/bin/false")
     with pytest.raises(grpc.RpcError) as no_worker:
         daemon.upload()
     assert no_worker.value.code() == grpc.StatusCode.UNAVAILABLE
     assert "luthier-trainer" in str(no_worker.value.details())
+
+
+def test_a_trainer_that_cannot_be_started_fails_its_job_with_words(daemons: Start) -> None:
+    daemon = daemons(*puppet(), "--external-host", "--retry-seconds", "0.1")
+    daemon.upload()
+    spec = small()
+    spec.max_retries = 1
+    job = daemon.wait(daemon.create(spec).id)
+    assert (job.state, job.attempt) == (JobState.JOB_STATE_FAILED, 2)
+    assert job.error.reason == "WORKER_NOT_STARTED"
+    assert "host" in job.error.message
+
+
+def test_a_job_whose_dataset_is_gone_fails_at_once_and_is_not_tried_again(daemons: Start) -> None:
+    daemon = daemons(*puppet(steps=10_000, step_seconds=0.05))
+    dataset = daemon.upload()
+    running, waiting = daemon.create(), daemon.create()
+    daemon.fine_tuning.PauseJob(ft.PauseJobRequest(job_id=waiting.id))
+    daemon.fine_tuning.CancelJob(ft.CancelJobRequest(job_id=running.id))
+    daemon.wait(running.id)
+    daemon.datasets.DeleteDataset(ds.DeleteDatasetRequest(dataset=dataset.id))
+    daemon.fine_tuning.ResumeJob(ft.ResumeJobRequest(job_id=waiting.id))
+    ended = daemon.wait(waiting.id)
+    assert (ended.state, ended.error.reason, ended.attempt) == (JobState.JOB_STATE_FAILED, "INPUT_LOST", 1)
+    assert dataset.id in ended.error.message

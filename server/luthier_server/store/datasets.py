@@ -66,11 +66,6 @@ class Datasets:
         rows = await self._database.read("SELECT DISTINCT name FROM datasets WHERE tenant = ? LIMIT 1000", (tenant,))
         return [row["name"] for row in rows]
 
-    async def last_id(self) -> str:
-        """The newest id, or an empty string."""
-        rows = await self._database.read("SELECT max(id) AS id FROM datasets")
-        return rows[0]["id"] or ""
-
 
 async def insert(transaction: Transaction, dataset: Dataset) -> tuple[Dataset, bool]:
     """Adds a dataset under the next version of its name; or finds the version that has these bytes already.

@@ -20,11 +20,6 @@ class Events:
         )
         return [row["payload"] for place, row in enumerate(rows, start=cursor + 1) if row["sequence"] == place]
 
-    async def oldest(self, job_id: str) -> int:
-        """The first sequence that is still there."""
-        rows = await self._database.read("SELECT min(sequence) AS oldest FROM events WHERE job_id = ?", (job_id,))
-        return int(rows[0]["oldest"] or 0)
-
 
 async def append(transaction: Transaction, tenant: str, events: Sequence[JobEvent]) -> None:
     """Adds events whose sequences the caller allocated in the same transaction."""

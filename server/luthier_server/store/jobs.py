@@ -159,11 +159,6 @@ class Jobs:
         )
         return [Checkpoint(**{name: row[name] for name in Checkpoint.__slots__}) for row in rows]
 
-    async def last_id(self) -> str:
-        """The newest id, or an empty string."""
-        rows = await self._database.read("SELECT max(id) AS id FROM jobs")
-        return rows[0]["id"] or ""
-
 
 async def insert(transaction: Transaction, job: Job, request_id: str, request_sha256: str) -> None:
     """Adds a job with its labels. Raises sqlite3.IntegrityError when the request id is taken."""

@@ -48,11 +48,6 @@ class Models:
         )
         return [_model(row) for row in rows]
 
-    async def last_id(self) -> str:
-        """The newest id, or an empty string."""
-        rows = await self._database.read("SELECT max(id) AS id FROM models")
-        return rows[0]["id"] or ""
-
 
 async def insert(transaction: Transaction, model: Model) -> None:
     """Adds a model."""
