@@ -22,18 +22,39 @@ _runtime_version.ValidateProtobufRuntimeVersion(
 _sym_db = _symbol_database.Default()
 
 
+from buf.validate import validate_pb2 as buf_dot_validate_dot_validate__pb2
 from google.protobuf import timestamp_pb2 as google_dot_protobuf_dot_timestamp__pb2
 
 
-DESCRIPTOR = _descriptor_pool.Default().AddSerializedFile(b'\n\x18luthier/v1/dataset.proto\x12\nluthier.v1\x1a\x1fgoogle/protobuf/timestamp.proto\"\x82\x02\n\x07\x44\x61taset\x12\x0e\n\x02id\x18\x01 \x01(\tR\x02id\x12\x12\n\x04name\x18\x02 \x01(\tR\x04name\x12\x18\n\x07version\x18\x03 \x01(\x05R\x07version\x12\x16\n\x06sha256\x18\x04 \x01(\tR\x06sha256\x12\x1d\n\nsize_bytes\x18\x05 \x01(\x03R\tsizeBytes\x12\x12\n\x04rows\x18\x06 \x01(\x03R\x04rows\x12\x31\n\x06\x66ormat\x18\x07 \x01(\x0e\x32\x19.luthier.v1.DatasetFormatR\x06\x66ormat\x12;\n\x0b\x63reate_time\x18\x08 \x01(\x0b\x32\x1a.google.protobuf.TimestampR\ncreateTime*\x92\x01\n\rDatasetFormat\x12\x1e\n\x1a\x44\x41TASET_FORMAT_UNSPECIFIED\x10\x00\x12\x1b\n\x17\x44\x41TASET_FORMAT_MESSAGES\x10\x01\x12$\n DATASET_FORMAT_PROMPT_COMPLETION\x10\x02\x12\x1e\n\x1a\x44\x41TASET_FORMAT_INSTRUCTION\x10\x03\x62\x06proto3')
+DESCRIPTOR = _descriptor_pool.Default().AddSerializedFile(b'\n\x18luthier/v1/dataset.proto\x12\nluthier.v1\x1a\x1b\x62uf/validate/validate.proto\x1a\x1fgoogle/protobuf/timestamp.proto\"\xaa\x02\n\x0e\x44\x61tasetReading\x12\x41\n\x0b\x66ile_format\x18\x01 \x01(\x0e\x32\x16.luthier.v1.FileFormatB\x08\xbaH\x05\x82\x01\x02\x10\x01R\nfileFormat\x12;\n\x06\x66ormat\x18\x02 \x01(\x0e\x32\x19.luthier.v1.DatasetFormatB\x08\xbaH\x05\x82\x01\x02\x10\x01R\x06\x66ormat\x12\\\n\x07\x63olumns\x18\x03 \x03(\x0b\x32\'.luthier.v1.DatasetReading.ColumnsEntryB\x19\xbaH\x16\x9a\x01\x13\x10 \"\x06r\x04\x10\x01\x18@*\x07r\x05\x10\x01\x18\x80\x02R\x07\x63olumns\x1a:\n\x0c\x43olumnsEntry\x12\x10\n\x03key\x18\x01 \x01(\tR\x03key\x12\x14\n\x05value\x18\x02 \x01(\tR\x05value:\x02\x38\x01\"\xd3\x01\n\x0e\x44\x61tasetLineage\x12\x1c\n\toperation\x18\x01 \x01(\tR\toperation\x12\x18\n\x07parents\x18\x02 \x03(\tR\x07parents\x12J\n\nparameters\x18\x03 \x03(\x0b\x32*.luthier.v1.DatasetLineage.ParametersEntryR\nparameters\x1a=\n\x0fParametersEntry\x12\x10\n\x03key\x18\x01 \x01(\tR\x03key\x12\x14\n\x05value\x18\x02 \x01(\tR\x05value:\x02\x38\x01\"\xa2\x03\n\x07\x44\x61taset\x12\x0e\n\x02id\x18\x01 \x01(\tR\x02id\x12\x12\n\x04name\x18\x02 \x01(\tR\x04name\x12\x18\n\x07version\x18\x03 \x01(\x05R\x07version\x12\x16\n\x06sha256\x18\x04 \x01(\tR\x06sha256\x12\x1d\n\nsize_bytes\x18\x05 \x01(\x03R\tsizeBytes\x12\x12\n\x04rows\x18\x06 \x01(\x03R\x04rows\x12\x31\n\x06\x66ormat\x18\x07 \x01(\x0e\x32\x19.luthier.v1.DatasetFormatR\x06\x66ormat\x12;\n\x0b\x63reate_time\x18\x08 \x01(\x0b\x32\x1a.google.protobuf.TimestampR\ncreateTime\x12\x34\n\x07reading\x18\t \x01(\x0b\x32\x1a.luthier.v1.DatasetReadingR\x07reading\x12\x16\n\x06source\x18\n \x01(\tR\x06source\x12\x34\n\x07lineage\x18\x0b \x01(\x0b\x32\x1a.luthier.v1.DatasetLineageR\x07lineage\x12\x1a\n\x08warnings\x18\x0c \x01(\x03R\x08warnings*\xaf\x02\n\rDatasetFormat\x12\x1e\n\x1a\x44\x41TASET_FORMAT_UNSPECIFIED\x10\x00\x12\x1b\n\x17\x44\x41TASET_FORMAT_MESSAGES\x10\x01\x12$\n DATASET_FORMAT_PROMPT_COMPLETION\x10\x02\x12\x1e\n\x1a\x44\x41TASET_FORMAT_INSTRUCTION\x10\x03\x12\x1b\n\x17\x44\x41TASET_FORMAT_SHAREGPT\x10\x04\x12\x17\n\x13\x44\x41TASET_FORMAT_TEXT\x10\x05\x12\x1d\n\x19\x44\x41TASET_FORMAT_PREFERENCE\x10\x06\x12&\n\"DATASET_FORMAT_UNPAIRED_PREFERENCE\x10\x07\x12\x1e\n\x1a\x44\x41TASET_FORMAT_PROMPT_ONLY\x10\x08*\xb0\x01\n\nFileFormat\x12\x1b\n\x17\x46ILE_FORMAT_UNSPECIFIED\x10\x00\x12\x15\n\x11\x46ILE_FORMAT_JSONL\x10\x01\x12\x14\n\x10\x46ILE_FORMAT_JSON\x10\x02\x12\x13\n\x0f\x46ILE_FORMAT_CSV\x10\x03\x12\x17\n\x13\x46ILE_FORMAT_PARQUET\x10\x04\x12\x15\n\x11\x46ILE_FORMAT_ARROW\x10\x05\x12\x13\n\x0f\x46ILE_FORMAT_ZIP\x10\x06\x62\x06proto3')
 
 _globals = globals()
 _builder.BuildMessageAndEnumDescriptors(DESCRIPTOR, _globals)
 _builder.BuildTopDescriptorsAndMessages(DESCRIPTOR, 'luthier.v1.dataset_pb2', _globals)
 if not _descriptor._USE_C_DESCRIPTORS:
   DESCRIPTOR._loaded_options = None
-  _globals['_DATASETFORMAT']._serialized_start=335
-  _globals['_DATASETFORMAT']._serialized_end=481
-  _globals['_DATASET']._serialized_start=74
-  _globals['_DATASET']._serialized_end=332
+  _globals['_DATASETREADING_COLUMNSENTRY']._loaded_options = None
+  _globals['_DATASETREADING_COLUMNSENTRY']._serialized_options = b'8\001'
+  _globals['_DATASETREADING'].fields_by_name['file_format']._loaded_options = None
+  _globals['_DATASETREADING'].fields_by_name['file_format']._serialized_options = b'\272H\005\202\001\002\020\001'
+  _globals['_DATASETREADING'].fields_by_name['format']._loaded_options = None
+  _globals['_DATASETREADING'].fields_by_name['format']._serialized_options = b'\272H\005\202\001\002\020\001'
+  _globals['_DATASETREADING'].fields_by_name['columns']._loaded_options = None
+  _globals['_DATASETREADING'].fields_by_name['columns']._serialized_options = b'\272H\026\232\001\023\020 \"\006r\004\020\001\030@*\007r\005\020\001\030\200\002'
+  _globals['_DATASETLINEAGE_PARAMETERSENTRY']._loaded_options = None
+  _globals['_DATASETLINEAGE_PARAMETERSENTRY']._serialized_options = b'8\001'
+  _globals['_DATASETFORMAT']._serialized_start=1039
+  _globals['_DATASETFORMAT']._serialized_end=1342
+  _globals['_FILEFORMAT']._serialized_start=1345
+  _globals['_FILEFORMAT']._serialized_end=1521
+  _globals['_DATASETREADING']._serialized_start=103
+  _globals['_DATASETREADING']._serialized_end=401
+  _globals['_DATASETREADING_COLUMNSENTRY']._serialized_start=343
+  _globals['_DATASETREADING_COLUMNSENTRY']._serialized_end=401
+  _globals['_DATASETLINEAGE']._serialized_start=404
+  _globals['_DATASETLINEAGE']._serialized_end=615
+  _globals['_DATASETLINEAGE_PARAMETERSENTRY']._serialized_start=554
+  _globals['_DATASETLINEAGE_PARAMETERSENTRY']._serialized_end=615
+  _globals['_DATASET']._serialized_start=618
+  _globals['_DATASET']._serialized_end=1036
 # @@protoc_insertion_point(module_scope)

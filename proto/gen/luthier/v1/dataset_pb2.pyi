@@ -4,7 +4,9 @@ isort:skip_file
 """
 
 import builtins
+import collections.abc
 import google.protobuf.descriptor
+import google.protobuf.internal.containers
 import google.protobuf.internal.enum_type_wrapper
 import google.protobuf.message
 import google.protobuf.timestamp_pb2
@@ -32,6 +34,18 @@ class _DatasetFormatEnumTypeWrapper(google.protobuf.internal.enum_type_wrapper._
     """`{"prompt": ..., "completion": ...}`."""
     DATASET_FORMAT_INSTRUCTION: _DatasetFormat.ValueType  # 3
     """`{"instruction": ..., "input": ..., "output": ...}`."""
+    DATASET_FORMAT_SHAREGPT: _DatasetFormat.ValueType  # 4
+    """`{"conversations": [{"from": "human", "value": ...}]}`."""
+    DATASET_FORMAT_TEXT: _DatasetFormat.ValueType  # 5
+    """`{"text": ...}`."""
+    DATASET_FORMAT_PREFERENCE: _DatasetFormat.ValueType  # 6
+    """`{"prompt": ..., "chosen": ..., "rejected": ...}`, ShareGPT with both, or `input`, `preferred_output` and
+    `non_preferred_output`.
+    """
+    DATASET_FORMAT_UNPAIRED_PREFERENCE: _DatasetFormat.ValueType  # 7
+    """A conversation, or prompt and completion, with `"label": true` or `false`."""
+    DATASET_FORMAT_PROMPT_ONLY: _DatasetFormat.ValueType  # 8
+    """`{"prompt": ...}` and fields for a reward to refer to."""
 
 class DatasetFormat(_DatasetFormat, metaclass=_DatasetFormatEnumTypeWrapper):
     """How a dataset's rows look."""
@@ -44,7 +58,149 @@ DATASET_FORMAT_PROMPT_COMPLETION: DatasetFormat.ValueType  # 2
 """`{"prompt": ..., "completion": ...}`."""
 DATASET_FORMAT_INSTRUCTION: DatasetFormat.ValueType  # 3
 """`{"instruction": ..., "input": ..., "output": ...}`."""
+DATASET_FORMAT_SHAREGPT: DatasetFormat.ValueType  # 4
+"""`{"conversations": [{"from": "human", "value": ...}]}`."""
+DATASET_FORMAT_TEXT: DatasetFormat.ValueType  # 5
+"""`{"text": ...}`."""
+DATASET_FORMAT_PREFERENCE: DatasetFormat.ValueType  # 6
+"""`{"prompt": ..., "chosen": ..., "rejected": ...}`, ShareGPT with both, or `input`, `preferred_output` and
+`non_preferred_output`.
+"""
+DATASET_FORMAT_UNPAIRED_PREFERENCE: DatasetFormat.ValueType  # 7
+"""A conversation, or prompt and completion, with `"label": true` or `false`."""
+DATASET_FORMAT_PROMPT_ONLY: DatasetFormat.ValueType  # 8
+"""`{"prompt": ...}` and fields for a reward to refer to."""
 Global___DatasetFormat: typing_extensions.TypeAlias = DatasetFormat
+
+class _FileFormat:
+    ValueType = typing.NewType("ValueType", builtins.int)
+    V: typing_extensions.TypeAlias = ValueType
+
+class _FileFormatEnumTypeWrapper(google.protobuf.internal.enum_type_wrapper._EnumTypeWrapper[_FileFormat.ValueType], builtins.type):
+    DESCRIPTOR: google.protobuf.descriptor.EnumDescriptor
+    FILE_FORMAT_UNSPECIFIED: _FileFormat.ValueType  # 0
+    """Detected from the bytes."""
+    FILE_FORMAT_JSONL: _FileFormat.ValueType  # 1
+    """One JSON object a line."""
+    FILE_FORMAT_JSON: _FileFormat.ValueType  # 2
+    """One JSON array of objects."""
+    FILE_FORMAT_CSV: _FileFormat.ValueType  # 3
+    """A header and one row a record; comma, semicolon or tab."""
+    FILE_FORMAT_PARQUET: _FileFormat.ValueType  # 4
+    """Apache Parquet."""
+    FILE_FORMAT_ARROW: _FileFormat.ValueType  # 5
+    """Apache Arrow, as a file or a stream."""
+    FILE_FORMAT_ZIP: _FileFormat.ValueType  # 6
+    """A zip archive with one file of rows, and images that the rows name by their path."""
+
+class FileFormat(_FileFormat, metaclass=_FileFormatEnumTypeWrapper):
+    """How a dataset's file is written. Compression (gzip, zstd) is always told from the bytes."""
+
+FILE_FORMAT_UNSPECIFIED: FileFormat.ValueType  # 0
+"""Detected from the bytes."""
+FILE_FORMAT_JSONL: FileFormat.ValueType  # 1
+"""One JSON object a line."""
+FILE_FORMAT_JSON: FileFormat.ValueType  # 2
+"""One JSON array of objects."""
+FILE_FORMAT_CSV: FileFormat.ValueType  # 3
+"""A header and one row a record; comma, semicolon or tab."""
+FILE_FORMAT_PARQUET: FileFormat.ValueType  # 4
+"""Apache Parquet."""
+FILE_FORMAT_ARROW: FileFormat.ValueType  # 5
+"""Apache Arrow, as a file or a stream."""
+FILE_FORMAT_ZIP: FileFormat.ValueType  # 6
+"""A zip archive with one file of rows, and images that the rows name by their path."""
+Global___FileFormat: typing_extensions.TypeAlias = FileFormat
+
+@typing.final
+class DatasetReading(google.protobuf.message.Message):
+    """How a dataset's file is read. What is left open is detected."""
+
+    DESCRIPTOR: google.protobuf.descriptor.Descriptor
+
+    @typing.final
+    class ColumnsEntry(google.protobuf.message.Message):
+        DESCRIPTOR: google.protobuf.descriptor.Descriptor
+
+        KEY_FIELD_NUMBER: builtins.int
+        VALUE_FIELD_NUMBER: builtins.int
+        key: builtins.str
+        value: builtins.str
+        def __init__(
+            self,
+            *,
+            key: builtins.str = ...,
+            value: builtins.str = ...,
+        ) -> None: ...
+        def ClearField(self, field_name: typing.Literal["key", b"key", "value", b"value"]) -> None: ...
+
+    FILE_FORMAT_FIELD_NUMBER: builtins.int
+    FORMAT_FIELD_NUMBER: builtins.int
+    COLUMNS_FIELD_NUMBER: builtins.int
+    file_format: Global___FileFormat.ValueType
+    """How the file is written."""
+    format: Global___DatasetFormat.ValueType
+    """How its rows look."""
+    @property
+    def columns(self) -> google.protobuf.internal.containers.ScalarMap[builtins.str, builtins.str]:
+        """From the field that a format has (`prompt`) to the column of the file that holds it (`question`)."""
+
+    def __init__(
+        self,
+        *,
+        file_format: Global___FileFormat.ValueType = ...,
+        format: Global___DatasetFormat.ValueType = ...,
+        columns: collections.abc.Mapping[builtins.str, builtins.str] | None = ...,
+    ) -> None: ...
+    def ClearField(self, field_name: typing.Literal["columns", b"columns", "file_format", b"file_format", "format", b"format"]) -> None: ...
+
+Global___DatasetReading: typing_extensions.TypeAlias = DatasetReading
+
+@typing.final
+class DatasetLineage(google.protobuf.message.Message):
+    """How a dataset was made of others."""
+
+    DESCRIPTOR: google.protobuf.descriptor.Descriptor
+
+    @typing.final
+    class ParametersEntry(google.protobuf.message.Message):
+        DESCRIPTOR: google.protobuf.descriptor.Descriptor
+
+        KEY_FIELD_NUMBER: builtins.int
+        VALUE_FIELD_NUMBER: builtins.int
+        key: builtins.str
+        value: builtins.str
+        def __init__(
+            self,
+            *,
+            key: builtins.str = ...,
+            value: builtins.str = ...,
+        ) -> None: ...
+        def ClearField(self, field_name: typing.Literal["key", b"key", "value", b"value"]) -> None: ...
+
+    OPERATION_FIELD_NUMBER: builtins.int
+    PARENTS_FIELD_NUMBER: builtins.int
+    PARAMETERS_FIELD_NUMBER: builtins.int
+    operation: builtins.str
+    """`split`, `sample` or `concatenate`."""
+    @property
+    def parents(self) -> google.protobuf.internal.containers.RepeatedScalarFieldContainer[builtins.str]:
+        """`ds_...` of those it was made of, in order."""
+
+    @property
+    def parameters(self) -> google.protobuf.internal.containers.ScalarMap[builtins.str, builtins.str]:
+        """What the operation was given (`seed`, `validation`, `part`, `rows`), by name."""
+
+    def __init__(
+        self,
+        *,
+        operation: builtins.str = ...,
+        parents: collections.abc.Iterable[builtins.str] | None = ...,
+        parameters: collections.abc.Mapping[builtins.str, builtins.str] | None = ...,
+    ) -> None: ...
+    def ClearField(self, field_name: typing.Literal["operation", b"operation", "parameters", b"parameters", "parents", b"parents"]) -> None: ...
+
+Global___DatasetLineage: typing_extensions.TypeAlias = DatasetLineage
 
 @typing.final
 class Dataset(google.protobuf.message.Message):
@@ -60,6 +216,10 @@ class Dataset(google.protobuf.message.Message):
     ROWS_FIELD_NUMBER: builtins.int
     FORMAT_FIELD_NUMBER: builtins.int
     CREATE_TIME_FIELD_NUMBER: builtins.int
+    READING_FIELD_NUMBER: builtins.int
+    SOURCE_FIELD_NUMBER: builtins.int
+    LINEAGE_FIELD_NUMBER: builtins.int
+    WARNINGS_FIELD_NUMBER: builtins.int
     id: builtins.str
     """`ds_` and a ULID."""
     name: builtins.str
@@ -74,9 +234,21 @@ class Dataset(google.protobuf.message.Message):
     """Rows."""
     format: Global___DatasetFormat.ValueType
     """How the rows look."""
+    source: builtins.str
+    """Where it was imported from (`hf://datasets/openai/gsm8k@COMMIT?split=train`); empty for an upload."""
+    warnings: builtins.int
+    """How many lines the check found something at that is no error; GetDataset has the findings."""
     @property
     def create_time(self) -> google.protobuf.timestamp_pb2.Timestamp:
         """When it was uploaded."""
+
+    @property
+    def reading(self) -> Global___DatasetReading:
+        """How the file is read, nothing left open."""
+
+    @property
+    def lineage(self) -> Global___DatasetLineage:
+        """How it was made of other datasets; unset when it was not."""
 
     def __init__(
         self,
@@ -89,8 +261,12 @@ class Dataset(google.protobuf.message.Message):
         rows: builtins.int = ...,
         format: Global___DatasetFormat.ValueType = ...,
         create_time: google.protobuf.timestamp_pb2.Timestamp | None = ...,
+        reading: Global___DatasetReading | None = ...,
+        source: builtins.str = ...,
+        lineage: Global___DatasetLineage | None = ...,
+        warnings: builtins.int = ...,
     ) -> None: ...
-    def HasField(self, field_name: typing.Literal["create_time", b"create_time"]) -> builtins.bool: ...
-    def ClearField(self, field_name: typing.Literal["create_time", b"create_time", "format", b"format", "id", b"id", "name", b"name", "rows", b"rows", "sha256", b"sha256", "size_bytes", b"size_bytes", "version", b"version"]) -> None: ...
+    def HasField(self, field_name: typing.Literal["create_time", b"create_time", "lineage", b"lineage", "reading", b"reading"]) -> builtins.bool: ...
+    def ClearField(self, field_name: typing.Literal["create_time", b"create_time", "format", b"format", "id", b"id", "lineage", b"lineage", "name", b"name", "reading", b"reading", "rows", b"rows", "sha256", b"sha256", "size_bytes", b"size_bytes", "source", b"source", "version", b"version", "warnings", b"warnings"]) -> None: ...
 
 Global___Dataset: typing_extensions.TypeAlias = Dataset

@@ -9,6 +9,8 @@ import google.protobuf.descriptor
 import google.protobuf.internal.containers
 import google.protobuf.message
 import luthier.v1.dataset_pb2
+import luthier.v1.dataset_report_pb2
+import luthier.v1.tokenization_pb2
 import sys
 import typing
 
@@ -28,20 +30,35 @@ class DatasetMetadata(google.protobuf.message.Message):
     NAME_FIELD_NUMBER: builtins.int
     SHA256_FIELD_NUMBER: builtins.int
     SIZE_BYTES_FIELD_NUMBER: builtins.int
+    READING_FIELD_NUMBER: builtins.int
+    OFFSET_FIELD_NUMBER: builtins.int
+    VALIDATE_ONLY_FIELD_NUMBER: builtins.int
     name: builtins.str
     """The dataset's name; a new version is made if it exists with other bytes."""
     sha256: builtins.str
     """SHA-256 of the whole file, hexadecimal; checked when given."""
     size_bytes: builtins.int
     """Size in bytes; checked when given."""
+    offset: builtins.int
+    """Bytes that are here already, by GetUpload: the chunks go on from there. Needs sha256 and size_bytes."""
+    validate_only: builtins.bool
+    """Check the file and keep nothing: the response has the report and a dataset without an id, also for a file with errors."""
+    @property
+    def reading(self) -> luthier.v1.dataset_pb2.DatasetReading:
+        """How the file is read; what is left open is detected."""
+
     def __init__(
         self,
         *,
         name: builtins.str = ...,
         sha256: builtins.str = ...,
         size_bytes: builtins.int = ...,
+        reading: luthier.v1.dataset_pb2.DatasetReading | None = ...,
+        offset: builtins.int = ...,
+        validate_only: builtins.bool = ...,
     ) -> None: ...
-    def ClearField(self, field_name: typing.Literal["name", b"name", "sha256", b"sha256", "size_bytes", b"size_bytes"]) -> None: ...
+    def HasField(self, field_name: typing.Literal["reading", b"reading"]) -> builtins.bool: ...
+    def ClearField(self, field_name: typing.Literal["name", b"name", "offset", b"offset", "reading", b"reading", "sha256", b"sha256", "size_bytes", b"size_bytes", "validate_only", b"validate_only"]) -> None: ...
 
 Global___DatasetMetadata: typing_extensions.TypeAlias = DatasetMetadata
 
@@ -79,22 +96,64 @@ class UploadDatasetResponse(google.protobuf.message.Message):
 
     DATASET_FIELD_NUMBER: builtins.int
     CREATED_FIELD_NUMBER: builtins.int
+    REPORT_FIELD_NUMBER: builtins.int
     created: builtins.bool
     """Whether a new version was made."""
     @property
     def dataset(self) -> luthier.v1.dataset_pb2.Dataset:
         """The dataset; an earlier one when the name had these bytes already."""
 
+    @property
+    def report(self) -> luthier.v1.dataset_report_pb2.DatasetReport:
+        """What the check found."""
+
     def __init__(
         self,
         *,
         dataset: luthier.v1.dataset_pb2.Dataset | None = ...,
         created: builtins.bool = ...,
+        report: luthier.v1.dataset_report_pb2.DatasetReport | None = ...,
     ) -> None: ...
-    def HasField(self, field_name: typing.Literal["dataset", b"dataset"]) -> builtins.bool: ...
-    def ClearField(self, field_name: typing.Literal["created", b"created", "dataset", b"dataset"]) -> None: ...
+    def HasField(self, field_name: typing.Literal["dataset", b"dataset", "report", b"report"]) -> builtins.bool: ...
+    def ClearField(self, field_name: typing.Literal["created", b"created", "dataset", b"dataset", "report", b"report"]) -> None: ...
 
 Global___UploadDatasetResponse: typing_extensions.TypeAlias = UploadDatasetResponse
+
+@typing.final
+class GetUploadRequest(google.protobuf.message.Message):
+    """Request of GetUpload."""
+
+    DESCRIPTOR: google.protobuf.descriptor.Descriptor
+
+    SHA256_FIELD_NUMBER: builtins.int
+    sha256: builtins.str
+    """SHA-256 of the whole file, hexadecimal."""
+    def __init__(
+        self,
+        *,
+        sha256: builtins.str = ...,
+    ) -> None: ...
+    def ClearField(self, field_name: typing.Literal["sha256", b"sha256"]) -> None: ...
+
+Global___GetUploadRequest: typing_extensions.TypeAlias = GetUploadRequest
+
+@typing.final
+class GetUploadResponse(google.protobuf.message.Message):
+    """Response of GetUpload."""
+
+    DESCRIPTOR: google.protobuf.descriptor.Descriptor
+
+    RECEIVED_BYTES_FIELD_NUMBER: builtins.int
+    received_bytes: builtins.int
+    """Bytes that are here: the offset to go on from. The whole size means that no byte needs to be sent."""
+    def __init__(
+        self,
+        *,
+        received_bytes: builtins.int = ...,
+    ) -> None: ...
+    def ClearField(self, field_name: typing.Literal["received_bytes", b"received_bytes"]) -> None: ...
+
+Global___GetUploadResponse: typing_extensions.TypeAlias = GetUploadResponse
 
 @typing.final
 class GetDatasetRequest(google.protobuf.message.Message):
@@ -121,17 +180,29 @@ class GetDatasetResponse(google.protobuf.message.Message):
     DESCRIPTOR: google.protobuf.descriptor.Descriptor
 
     DATASET_FIELD_NUMBER: builtins.int
+    REPORT_FIELD_NUMBER: builtins.int
+    TOKEN_REPORTS_FIELD_NUMBER: builtins.int
     @property
     def dataset(self) -> luthier.v1.dataset_pb2.Dataset:
         """The dataset."""
+
+    @property
+    def report(self) -> luthier.v1.dataset_report_pb2.DatasetReport:
+        """What the structural check found."""
+
+    @property
+    def token_reports(self) -> google.protobuf.internal.containers.RepeatedCompositeFieldContainer[luthier.v1.dataset_report_pb2.TokenReport]:
+        """What checks for base models found, newest first; at most 20."""
 
     def __init__(
         self,
         *,
         dataset: luthier.v1.dataset_pb2.Dataset | None = ...,
+        report: luthier.v1.dataset_report_pb2.DatasetReport | None = ...,
+        token_reports: collections.abc.Iterable[luthier.v1.dataset_report_pb2.TokenReport] | None = ...,
     ) -> None: ...
-    def HasField(self, field_name: typing.Literal["dataset", b"dataset"]) -> builtins.bool: ...
-    def ClearField(self, field_name: typing.Literal["dataset", b"dataset"]) -> None: ...
+    def HasField(self, field_name: typing.Literal["dataset", b"dataset", "report", b"report"]) -> builtins.bool: ...
+    def ClearField(self, field_name: typing.Literal["dataset", b"dataset", "report", b"report", "token_reports", b"token_reports"]) -> None: ...
 
 Global___GetDatasetResponse: typing_extensions.TypeAlias = GetDatasetResponse
 
@@ -144,20 +215,24 @@ class ListDatasetsRequest(google.protobuf.message.Message):
     PAGE_SIZE_FIELD_NUMBER: builtins.int
     PAGE_TOKEN_FIELD_NUMBER: builtins.int
     NAME_FIELD_NUMBER: builtins.int
+    ID_PREFIX_FIELD_NUMBER: builtins.int
     page_size: builtins.int
     """Datasets a page; 0 means 50, more than 1000 means 1000."""
     page_token: builtins.str
     """next_page_token of the page before, with all other fields as they were."""
     name: builtins.str
     """Only versions of this name."""
+    id_prefix: builtins.str
+    """Only datasets whose id starts with this."""
     def __init__(
         self,
         *,
         page_size: builtins.int = ...,
         page_token: builtins.str = ...,
         name: builtins.str = ...,
+        id_prefix: builtins.str = ...,
     ) -> None: ...
-    def ClearField(self, field_name: typing.Literal["name", b"name", "page_size", b"page_size", "page_token", b"page_token"]) -> None: ...
+    def ClearField(self, field_name: typing.Literal["id_prefix", b"id_prefix", "name", b"name", "page_size", b"page_size", "page_token", b"page_token"]) -> None: ...
 
 Global___ListDatasetsRequest: typing_extensions.TypeAlias = ListDatasetsRequest
 
@@ -223,3 +298,592 @@ class DeleteDatasetResponse(google.protobuf.message.Message):
     def ClearField(self, field_name: typing.Literal["dataset", b"dataset"]) -> None: ...
 
 Global___DeleteDatasetResponse: typing_extensions.TypeAlias = DeleteDatasetResponse
+
+@typing.final
+class ImportDatasetRequest(google.protobuf.message.Message):
+    """Request of ImportDataset."""
+
+    DESCRIPTOR: google.protobuf.descriptor.Descriptor
+
+    NAME_FIELD_NUMBER: builtins.int
+    READING_FIELD_NUMBER: builtins.int
+    HUB_FIELD_NUMBER: builtins.int
+    URL_FIELD_NUMBER: builtins.int
+    TOKEN_SECRET_FIELD_NUMBER: builtins.int
+    SHA256_FIELD_NUMBER: builtins.int
+    name: builtins.str
+    """The dataset's name."""
+    url: builtins.str
+    """`https://HOST/...`, `s3://BUCKET/KEY`, `gs://BUCKET/KEY` or `file:///DIRECTORY/FILE`, as far as the operator allows."""
+    token_secret: builtins.str
+    """The name of a secret that the operator configured: a hub token, or what `Authorization: Bearer` needs. Never the
+    token itself.
+    """
+    sha256: builtins.str
+    """SHA-256 of the file, hexadecimal; checked when given. Not for hub datasets."""
+    @property
+    def reading(self) -> luthier.v1.dataset_pb2.DatasetReading:
+        """How the file is read; what is left open is detected."""
+
+    @property
+    def hub(self) -> Global___HubDataset:
+        """A dataset of the Hugging Face Hub."""
+
+    def __init__(
+        self,
+        *,
+        name: builtins.str = ...,
+        reading: luthier.v1.dataset_pb2.DatasetReading | None = ...,
+        hub: Global___HubDataset | None = ...,
+        url: builtins.str = ...,
+        token_secret: builtins.str = ...,
+        sha256: builtins.str = ...,
+    ) -> None: ...
+    def HasField(self, field_name: typing.Literal["hub", b"hub", "reading", b"reading", "source", b"source", "url", b"url"]) -> builtins.bool: ...
+    def ClearField(self, field_name: typing.Literal["hub", b"hub", "name", b"name", "reading", b"reading", "sha256", b"sha256", "source", b"source", "token_secret", b"token_secret", "url", b"url"]) -> None: ...
+    def WhichOneof(self, oneof_group: typing.Literal["source", b"source"]) -> typing.Literal["hub", "url"] | None: ...
+
+Global___ImportDatasetRequest: typing_extensions.TypeAlias = ImportDatasetRequest
+
+@typing.final
+class HubDataset(google.protobuf.message.Message):
+    """A dataset of the Hugging Face Hub."""
+
+    DESCRIPTOR: google.protobuf.descriptor.Descriptor
+
+    ID_FIELD_NUMBER: builtins.int
+    CONFIG_FIELD_NUMBER: builtins.int
+    SPLIT_FIELD_NUMBER: builtins.int
+    REVISION_FIELD_NUMBER: builtins.int
+    id: builtins.str
+    """`openai/gsm8k`."""
+    config: builtins.str
+    """Its configuration (`main`); empty for the only one."""
+    split: builtins.str
+    """Its split. Default: train."""
+    revision: builtins.str
+    """Branch, tag or commit. Default: main."""
+    def __init__(
+        self,
+        *,
+        id: builtins.str = ...,
+        config: builtins.str = ...,
+        split: builtins.str = ...,
+        revision: builtins.str = ...,
+    ) -> None: ...
+    def ClearField(self, field_name: typing.Literal["config", b"config", "id", b"id", "revision", b"revision", "split", b"split"]) -> None: ...
+
+Global___HubDataset: typing_extensions.TypeAlias = HubDataset
+
+@typing.final
+class ImportDatasetResponse(google.protobuf.message.Message):
+    """Response of ImportDataset."""
+
+    DESCRIPTOR: google.protobuf.descriptor.Descriptor
+
+    PROGRESS_FIELD_NUMBER: builtins.int
+    IMPORTED_FIELD_NUMBER: builtins.int
+    @property
+    def progress(self) -> Global___TransferProgress:
+        """Bytes so far."""
+
+    @property
+    def imported(self) -> Global___UploadDatasetResponse:
+        """The dataset; the last message."""
+
+    def __init__(
+        self,
+        *,
+        progress: Global___TransferProgress | None = ...,
+        imported: Global___UploadDatasetResponse | None = ...,
+    ) -> None: ...
+    def HasField(self, field_name: typing.Literal["imported", b"imported", "part", b"part", "progress", b"progress"]) -> builtins.bool: ...
+    def ClearField(self, field_name: typing.Literal["imported", b"imported", "part", b"part", "progress", b"progress"]) -> None: ...
+    def WhichOneof(self, oneof_group: typing.Literal["part", b"part"]) -> typing.Literal["progress", "imported"] | None: ...
+
+Global___ImportDatasetResponse: typing_extensions.TypeAlias = ImportDatasetResponse
+
+@typing.final
+class TransferProgress(google.protobuf.message.Message):
+    """How far a transfer is."""
+
+    DESCRIPTOR: google.protobuf.descriptor.Descriptor
+
+    COMPLETED_FIELD_NUMBER: builtins.int
+    TOTAL_FIELD_NUMBER: builtins.int
+    UNIT_FIELD_NUMBER: builtins.int
+    completed: builtins.int
+    """Bytes, or rows, so far."""
+    total: builtins.int
+    """In all; 0 when unknown."""
+    unit: builtins.str
+    """`bytes` or `rows`."""
+    def __init__(
+        self,
+        *,
+        completed: builtins.int = ...,
+        total: builtins.int = ...,
+        unit: builtins.str = ...,
+    ) -> None: ...
+    def ClearField(self, field_name: typing.Literal["completed", b"completed", "total", b"total", "unit", b"unit"]) -> None: ...
+
+Global___TransferProgress: typing_extensions.TypeAlias = TransferProgress
+
+@typing.final
+class PreviewDatasetRequest(google.protobuf.message.Message):
+    """Request of PreviewDataset."""
+
+    DESCRIPTOR: google.protobuf.descriptor.Descriptor
+
+    DATASET_FIELD_NUMBER: builtins.int
+    BASE_MODEL_FIELD_NUMBER: builtins.int
+    BASE_MODEL_REVISION_FIELD_NUMBER: builtins.int
+    TOKENIZATION_FIELD_NUMBER: builtins.int
+    MAX_LENGTH_FIELD_NUMBER: builtins.int
+    COUNT_FIELD_NUMBER: builtins.int
+    LINES_FIELD_NUMBER: builtins.int
+    HUB_TOKEN_SECRET_FIELD_NUMBER: builtins.int
+    dataset: builtins.str
+    """`ds_...`, `name` (its newest version) or `name@3`."""
+    base_model: builtins.str
+    """Whose tokens to show, as in a job. Empty: turns alone, without tokens."""
+    base_model_revision: builtins.str
+    """A revision of a hub id."""
+    max_length: builtins.int
+    """Longest example in tokens. Default: as in a job."""
+    count: builtins.int
+    """How many rows, from the first. Default 3."""
+    hub_token_secret: builtins.str
+    """The name of a secret that the operator configured, which holds a hub token. Never the token itself."""
+    @property
+    def tokenization(self) -> luthier.v1.tokenization_pb2.Tokenization:
+        """How rows become tokens."""
+
+    @property
+    def lines(self) -> google.protobuf.internal.containers.RepeatedScalarFieldContainer[builtins.int]:
+        """These lines, numbered as in findings, in place of the first rows."""
+
+    def __init__(
+        self,
+        *,
+        dataset: builtins.str = ...,
+        base_model: builtins.str = ...,
+        base_model_revision: builtins.str = ...,
+        tokenization: luthier.v1.tokenization_pb2.Tokenization | None = ...,
+        max_length: builtins.int | None = ...,
+        count: builtins.int = ...,
+        lines: collections.abc.Iterable[builtins.int] | None = ...,
+        hub_token_secret: builtins.str = ...,
+    ) -> None: ...
+    def HasField(self, field_name: typing.Literal["_max_length", b"_max_length", "max_length", b"max_length", "tokenization", b"tokenization"]) -> builtins.bool: ...
+    def ClearField(self, field_name: typing.Literal["_max_length", b"_max_length", "base_model", b"base_model", "base_model_revision", b"base_model_revision", "count", b"count", "dataset", b"dataset", "hub_token_secret", b"hub_token_secret", "lines", b"lines", "max_length", b"max_length", "tokenization", b"tokenization"]) -> None: ...
+    def WhichOneof(self, oneof_group: typing.Literal["_max_length", b"_max_length"]) -> typing.Literal["max_length"] | None: ...
+
+Global___PreviewDatasetRequest: typing_extensions.TypeAlias = PreviewDatasetRequest
+
+@typing.final
+class PreviewDatasetResponse(google.protobuf.message.Message):
+    """Response of PreviewDataset."""
+
+    DESCRIPTOR: google.protobuf.descriptor.Descriptor
+
+    ROWS_FIELD_NUMBER: builtins.int
+    TEMPLATE_SHA256_FIELD_NUMBER: builtins.int
+    MASK_METHOD_FIELD_NUMBER: builtins.int
+    template_sha256: builtins.str
+    """SHA-256 of the chat template, hexadecimal; empty without a base model and for the text format."""
+    mask_method: builtins.str
+    """How it is known which tokens are trained, as in TokenReport."""
+    @property
+    def rows(self) -> google.protobuf.internal.containers.RepeatedCompositeFieldContainer[Global___PreviewRow]:
+        """The rows, in the order of the file."""
+
+    def __init__(
+        self,
+        *,
+        rows: collections.abc.Iterable[Global___PreviewRow] | None = ...,
+        template_sha256: builtins.str = ...,
+        mask_method: builtins.str = ...,
+    ) -> None: ...
+    def ClearField(self, field_name: typing.Literal["mask_method", b"mask_method", "rows", b"rows", "template_sha256", b"template_sha256"]) -> None: ...
+
+Global___PreviewDatasetResponse: typing_extensions.TypeAlias = PreviewDatasetResponse
+
+@typing.final
+class PreviewRow(google.protobuf.message.Message):
+    """A row as the model will see it."""
+
+    DESCRIPTOR: google.protobuf.descriptor.Descriptor
+
+    LINE_FIELD_NUMBER: builtins.int
+    SEQUENCES_FIELD_NUMBER: builtins.int
+    FINDINGS_FIELD_NUMBER: builtins.int
+    REFERENCE_JSON_FIELD_NUMBER: builtins.int
+    line: builtins.int
+    """Its place, numbered as in findings."""
+    reference_json: builtins.str
+    """Fields for a reward to refer to, as JSON; empty for none."""
+    @property
+    def sequences(self) -> google.protobuf.internal.containers.RepeatedCompositeFieldContainer[Global___PreviewSequence]:
+        """The row as Luthier understands it: one sequence, or two of a preference (`chosen`, `rejected`)."""
+
+    @property
+    def findings(self) -> google.protobuf.internal.containers.RepeatedCompositeFieldContainer[luthier.v1.dataset_report_pb2.Finding]:
+        """What is wrong with it, or worth knowing."""
+
+    def __init__(
+        self,
+        *,
+        line: builtins.int = ...,
+        sequences: collections.abc.Iterable[Global___PreviewSequence] | None = ...,
+        findings: collections.abc.Iterable[luthier.v1.dataset_report_pb2.Finding] | None = ...,
+        reference_json: builtins.str = ...,
+    ) -> None: ...
+    def ClearField(self, field_name: typing.Literal["findings", b"findings", "line", b"line", "reference_json", b"reference_json", "sequences", b"sequences"]) -> None: ...
+
+Global___PreviewRow: typing_extensions.TypeAlias = PreviewRow
+
+@typing.final
+class PreviewSequence(google.protobuf.message.Message):
+    """One sequence of tokens, and the turns it was made of."""
+
+    DESCRIPTOR: google.protobuf.descriptor.Descriptor
+
+    NAME_FIELD_NUMBER: builtins.int
+    TURNS_FIELD_NUMBER: builtins.int
+    TEXT_FIELD_NUMBER: builtins.int
+    TOKENS_FIELD_NUMBER: builtins.int
+    TOKEN_COUNT_FIELD_NUMBER: builtins.int
+    TRAINED_COUNT_FIELD_NUMBER: builtins.int
+    name: builtins.str
+    """`chosen`, `rejected`, `desired`, `undesired`, `prompt`; empty for an example of supervised fine-tuning."""
+    text: builtins.str
+    """What the template made of it, cut to 64 KiB; without a base model the text of the text format."""
+    token_count: builtins.int
+    """How many tokens it has in all, before anything is cut."""
+    trained_count: builtins.int
+    """How many of them are trained, after what happens to rows over the limit."""
+    @property
+    def turns(self) -> google.protobuf.internal.containers.RepeatedCompositeFieldContainer[Global___PreviewTurn]:
+        """Its turns; none for a text."""
+
+    @property
+    def tokens(self) -> google.protobuf.internal.containers.RepeatedCompositeFieldContainer[Global___PreviewToken]:
+        """Its tokens, at most 8,192 a sequence."""
+
+    def __init__(
+        self,
+        *,
+        name: builtins.str = ...,
+        turns: collections.abc.Iterable[Global___PreviewTurn] | None = ...,
+        text: builtins.str = ...,
+        tokens: collections.abc.Iterable[Global___PreviewToken] | None = ...,
+        token_count: builtins.int = ...,
+        trained_count: builtins.int = ...,
+    ) -> None: ...
+    def ClearField(self, field_name: typing.Literal["name", b"name", "text", b"text", "token_count", b"token_count", "tokens", b"tokens", "trained_count", b"trained_count", "turns", b"turns"]) -> None: ...
+
+Global___PreviewSequence: typing_extensions.TypeAlias = PreviewSequence
+
+@typing.final
+class PreviewTurn(google.protobuf.message.Message):
+    """A turn of a conversation."""
+
+    DESCRIPTOR: google.protobuf.descriptor.Descriptor
+
+    ROLE_FIELD_NUMBER: builtins.int
+    CONTENT_FIELD_NUMBER: builtins.int
+    TOOL_CALLS_JSON_FIELD_NUMBER: builtins.int
+    TRAINED_FIELD_NUMBER: builtins.int
+    role: builtins.str
+    """`system`, `user`, `assistant` or `tool`."""
+    content: builtins.str
+    """Its text, cut to 64 KiB; an image stands as `<image>`."""
+    tool_calls_json: builtins.str
+    """Its tool calls, as JSON; empty for none."""
+    trained: builtins.bool
+    """Whether it is to be trained, as far as that is known without a template."""
+    def __init__(
+        self,
+        *,
+        role: builtins.str = ...,
+        content: builtins.str = ...,
+        tool_calls_json: builtins.str = ...,
+        trained: builtins.bool = ...,
+    ) -> None: ...
+    def ClearField(self, field_name: typing.Literal["content", b"content", "role", b"role", "tool_calls_json", b"tool_calls_json", "trained", b"trained"]) -> None: ...
+
+Global___PreviewTurn: typing_extensions.TypeAlias = PreviewTurn
+
+@typing.final
+class PreviewToken(google.protobuf.message.Message):
+    """A token."""
+
+    DESCRIPTOR: google.protobuf.descriptor.Descriptor
+
+    ID_FIELD_NUMBER: builtins.int
+    TEXT_FIELD_NUMBER: builtins.int
+    TRAINED_FIELD_NUMBER: builtins.int
+    LOST_FIELD_NUMBER: builtins.int
+    id: builtins.int
+    """Its id."""
+    text: builtins.str
+    """The text that it covers; empty for one that continues a character."""
+    trained: builtins.bool
+    """Whether the loss counts it."""
+    lost: builtins.bool
+    """Whether it lies beyond max_length and is lost."""
+    def __init__(
+        self,
+        *,
+        id: builtins.int = ...,
+        text: builtins.str = ...,
+        trained: builtins.bool = ...,
+        lost: builtins.bool = ...,
+    ) -> None: ...
+    def ClearField(self, field_name: typing.Literal["id", b"id", "lost", b"lost", "text", b"text", "trained", b"trained"]) -> None: ...
+
+Global___PreviewToken: typing_extensions.TypeAlias = PreviewToken
+
+@typing.final
+class CheckDatasetRequest(google.protobuf.message.Message):
+    """Request of CheckDataset."""
+
+    DESCRIPTOR: google.protobuf.descriptor.Descriptor
+
+    DATASET_FIELD_NUMBER: builtins.int
+    BASE_MODEL_FIELD_NUMBER: builtins.int
+    BASE_MODEL_REVISION_FIELD_NUMBER: builtins.int
+    TOKENIZATION_FIELD_NUMBER: builtins.int
+    MAX_LENGTH_FIELD_NUMBER: builtins.int
+    HUB_TOKEN_SECRET_FIELD_NUMBER: builtins.int
+    VALIDATION_DATASET_FIELD_NUMBER: builtins.int
+    dataset: builtins.str
+    """`ds_...`, `name` (its newest version) or `name@3`."""
+    base_model: builtins.str
+    """What it is checked for, as in a job."""
+    base_model_revision: builtins.str
+    """A revision of a hub id."""
+    max_length: builtins.int
+    """Longest example in tokens. Default: as in a job."""
+    hub_token_secret: builtins.str
+    """The name of a secret that the operator configured, which holds a hub token. Never the token itself."""
+    validation_dataset: builtins.str
+    """A dataset to evaluate on: rows that are in both are found."""
+    @property
+    def tokenization(self) -> luthier.v1.tokenization_pb2.Tokenization:
+        """How rows become tokens."""
+
+    def __init__(
+        self,
+        *,
+        dataset: builtins.str = ...,
+        base_model: builtins.str = ...,
+        base_model_revision: builtins.str = ...,
+        tokenization: luthier.v1.tokenization_pb2.Tokenization | None = ...,
+        max_length: builtins.int | None = ...,
+        hub_token_secret: builtins.str = ...,
+        validation_dataset: builtins.str = ...,
+    ) -> None: ...
+    def HasField(self, field_name: typing.Literal["_max_length", b"_max_length", "max_length", b"max_length", "tokenization", b"tokenization"]) -> builtins.bool: ...
+    def ClearField(self, field_name: typing.Literal["_max_length", b"_max_length", "base_model", b"base_model", "base_model_revision", b"base_model_revision", "dataset", b"dataset", "hub_token_secret", b"hub_token_secret", "max_length", b"max_length", "tokenization", b"tokenization", "validation_dataset", b"validation_dataset"]) -> None: ...
+    def WhichOneof(self, oneof_group: typing.Literal["_max_length", b"_max_length"]) -> typing.Literal["max_length"] | None: ...
+
+Global___CheckDatasetRequest: typing_extensions.TypeAlias = CheckDatasetRequest
+
+@typing.final
+class CheckDatasetResponse(google.protobuf.message.Message):
+    """Response of CheckDataset."""
+
+    DESCRIPTOR: google.protobuf.descriptor.Descriptor
+
+    PROGRESS_FIELD_NUMBER: builtins.int
+    REPORTS_FIELD_NUMBER: builtins.int
+    @property
+    def progress(self) -> Global___TransferProgress:
+        """Rows so far."""
+
+    @property
+    def reports(self) -> Global___TokenReports:
+        """What was found; the last message."""
+
+    def __init__(
+        self,
+        *,
+        progress: Global___TransferProgress | None = ...,
+        reports: Global___TokenReports | None = ...,
+    ) -> None: ...
+    def HasField(self, field_name: typing.Literal["part", b"part", "progress", b"progress", "reports", b"reports"]) -> builtins.bool: ...
+    def ClearField(self, field_name: typing.Literal["part", b"part", "progress", b"progress", "reports", b"reports"]) -> None: ...
+    def WhichOneof(self, oneof_group: typing.Literal["part", b"part"]) -> typing.Literal["progress", "reports"] | None: ...
+
+Global___CheckDatasetResponse: typing_extensions.TypeAlias = CheckDatasetResponse
+
+@typing.final
+class TokenReports(google.protobuf.message.Message):
+    """What a check for a base model found."""
+
+    DESCRIPTOR: google.protobuf.descriptor.Descriptor
+
+    TRAINING_FIELD_NUMBER: builtins.int
+    VALIDATION_FIELD_NUMBER: builtins.int
+    @property
+    def training(self) -> luthier.v1.dataset_report_pb2.TokenReport:
+        """Of the dataset."""
+
+    @property
+    def validation(self) -> luthier.v1.dataset_report_pb2.TokenReport:
+        """Of the validation dataset; unset without one."""
+
+    def __init__(
+        self,
+        *,
+        training: luthier.v1.dataset_report_pb2.TokenReport | None = ...,
+        validation: luthier.v1.dataset_report_pb2.TokenReport | None = ...,
+    ) -> None: ...
+    def HasField(self, field_name: typing.Literal["training", b"training", "validation", b"validation"]) -> builtins.bool: ...
+    def ClearField(self, field_name: typing.Literal["training", b"training", "validation", b"validation"]) -> None: ...
+
+Global___TokenReports: typing_extensions.TypeAlias = TokenReports
+
+@typing.final
+class DeriveDatasetRequest(google.protobuf.message.Message):
+    """Request of DeriveDataset."""
+
+    DESCRIPTOR: google.protobuf.descriptor.Descriptor
+
+    SPLIT_FIELD_NUMBER: builtins.int
+    SAMPLE_FIELD_NUMBER: builtins.int
+    CONCATENATE_FIELD_NUMBER: builtins.int
+    @property
+    def split(self) -> Global___SplitDataset:
+        """Two datasets of one."""
+
+    @property
+    def sample(self) -> Global___SampleDataset:
+        """Some rows of one."""
+
+    @property
+    def concatenate(self) -> Global___ConcatenateDatasets:
+        """All rows of several, one after the other."""
+
+    def __init__(
+        self,
+        *,
+        split: Global___SplitDataset | None = ...,
+        sample: Global___SampleDataset | None = ...,
+        concatenate: Global___ConcatenateDatasets | None = ...,
+    ) -> None: ...
+    def HasField(self, field_name: typing.Literal["concatenate", b"concatenate", "operation", b"operation", "sample", b"sample", "split", b"split"]) -> builtins.bool: ...
+    def ClearField(self, field_name: typing.Literal["concatenate", b"concatenate", "operation", b"operation", "sample", b"sample", "split", b"split"]) -> None: ...
+    def WhichOneof(self, oneof_group: typing.Literal["operation", b"operation"]) -> typing.Literal["split", "sample", "concatenate"] | None: ...
+
+Global___DeriveDatasetRequest: typing_extensions.TypeAlias = DeriveDatasetRequest
+
+@typing.final
+class SplitDataset(google.protobuf.message.Message):
+    """Splits a dataset in two. Equal rows always fall on one side."""
+
+    DESCRIPTOR: google.protobuf.descriptor.Descriptor
+
+    DATASET_FIELD_NUMBER: builtins.int
+    VALIDATION_FIELD_NUMBER: builtins.int
+    SEED_FIELD_NUMBER: builtins.int
+    TRAINING_NAME_FIELD_NUMBER: builtins.int
+    VALIDATION_NAME_FIELD_NUMBER: builtins.int
+    dataset: builtins.str
+    """The dataset."""
+    validation: builtins.float
+    """Share of the rows for validation."""
+    seed: builtins.int
+    """Decides which rows; the same seed gives the same split."""
+    training_name: builtins.str
+    """Name of the larger part. Default: the dataset's name with `-train`."""
+    validation_name: builtins.str
+    """Name of the other part. Default: the dataset's name with `-validation`."""
+    def __init__(
+        self,
+        *,
+        dataset: builtins.str = ...,
+        validation: builtins.float = ...,
+        seed: builtins.int = ...,
+        training_name: builtins.str = ...,
+        validation_name: builtins.str = ...,
+    ) -> None: ...
+    def ClearField(self, field_name: typing.Literal["dataset", b"dataset", "seed", b"seed", "training_name", b"training_name", "validation", b"validation", "validation_name", b"validation_name"]) -> None: ...
+
+Global___SplitDataset: typing_extensions.TypeAlias = SplitDataset
+
+@typing.final
+class SampleDataset(google.protobuf.message.Message):
+    """Takes some rows, chosen by a seed, in the order of the file."""
+
+    DESCRIPTOR: google.protobuf.descriptor.Descriptor
+
+    DATASET_FIELD_NUMBER: builtins.int
+    ROWS_FIELD_NUMBER: builtins.int
+    SEED_FIELD_NUMBER: builtins.int
+    NAME_FIELD_NUMBER: builtins.int
+    dataset: builtins.str
+    """The dataset."""
+    rows: builtins.int
+    """How many rows."""
+    seed: builtins.int
+    """Decides which rows; the same seed gives the same sample."""
+    name: builtins.str
+    """Name of the sample. Default: the dataset's name with `-sample`."""
+    def __init__(
+        self,
+        *,
+        dataset: builtins.str = ...,
+        rows: builtins.int = ...,
+        seed: builtins.int = ...,
+        name: builtins.str = ...,
+    ) -> None: ...
+    def ClearField(self, field_name: typing.Literal["dataset", b"dataset", "name", b"name", "rows", b"rows", "seed", b"seed"]) -> None: ...
+
+Global___SampleDataset: typing_extensions.TypeAlias = SampleDataset
+
+@typing.final
+class ConcatenateDatasets(google.protobuf.message.Message):
+    """Puts datasets of one format one after the other."""
+
+    DESCRIPTOR: google.protobuf.descriptor.Descriptor
+
+    DATASETS_FIELD_NUMBER: builtins.int
+    NAME_FIELD_NUMBER: builtins.int
+    name: builtins.str
+    """Name of the result."""
+    @property
+    def datasets(self) -> google.protobuf.internal.containers.RepeatedScalarFieldContainer[builtins.str]:
+        """The datasets, in order."""
+
+    def __init__(
+        self,
+        *,
+        datasets: collections.abc.Iterable[builtins.str] | None = ...,
+        name: builtins.str = ...,
+    ) -> None: ...
+    def ClearField(self, field_name: typing.Literal["datasets", b"datasets", "name", b"name"]) -> None: ...
+
+Global___ConcatenateDatasets: typing_extensions.TypeAlias = ConcatenateDatasets
+
+@typing.final
+class DeriveDatasetResponse(google.protobuf.message.Message):
+    """Response of DeriveDataset."""
+
+    DESCRIPTOR: google.protobuf.descriptor.Descriptor
+
+    DATASETS_FIELD_NUMBER: builtins.int
+    @property
+    def datasets(self) -> google.protobuf.internal.containers.RepeatedCompositeFieldContainer[luthier.v1.dataset_pb2.Dataset]:
+        """What was made: of a split training first, then validation."""
+
+    def __init__(
+        self,
+        *,
+        datasets: collections.abc.Iterable[luthier.v1.dataset_pb2.Dataset] | None = ...,
+    ) -> None: ...
+    def ClearField(self, field_name: typing.Literal["datasets", b"datasets"]) -> None: ...
+
+Global___DeriveDatasetResponse: typing_extensions.TypeAlias = DeriveDatasetResponse

@@ -40,6 +40,31 @@ class DatasetsStub(object):
                 request_serializer=luthier_dot_v1_dot_datasets__pb2.UploadDatasetRequest.SerializeToString,
                 response_deserializer=luthier_dot_v1_dot_datasets__pb2.UploadDatasetResponse.FromString,
                 _registered_method=True)
+        self.GetUpload = channel.unary_unary(
+                '/luthier.v1.Datasets/GetUpload',
+                request_serializer=luthier_dot_v1_dot_datasets__pb2.GetUploadRequest.SerializeToString,
+                response_deserializer=luthier_dot_v1_dot_datasets__pb2.GetUploadResponse.FromString,
+                _registered_method=True)
+        self.ImportDataset = channel.unary_stream(
+                '/luthier.v1.Datasets/ImportDataset',
+                request_serializer=luthier_dot_v1_dot_datasets__pb2.ImportDatasetRequest.SerializeToString,
+                response_deserializer=luthier_dot_v1_dot_datasets__pb2.ImportDatasetResponse.FromString,
+                _registered_method=True)
+        self.PreviewDataset = channel.unary_unary(
+                '/luthier.v1.Datasets/PreviewDataset',
+                request_serializer=luthier_dot_v1_dot_datasets__pb2.PreviewDatasetRequest.SerializeToString,
+                response_deserializer=luthier_dot_v1_dot_datasets__pb2.PreviewDatasetResponse.FromString,
+                _registered_method=True)
+        self.CheckDataset = channel.unary_stream(
+                '/luthier.v1.Datasets/CheckDataset',
+                request_serializer=luthier_dot_v1_dot_datasets__pb2.CheckDatasetRequest.SerializeToString,
+                response_deserializer=luthier_dot_v1_dot_datasets__pb2.CheckDatasetResponse.FromString,
+                _registered_method=True)
+        self.DeriveDataset = channel.unary_unary(
+                '/luthier.v1.Datasets/DeriveDataset',
+                request_serializer=luthier_dot_v1_dot_datasets__pb2.DeriveDatasetRequest.SerializeToString,
+                response_deserializer=luthier_dot_v1_dot_datasets__pb2.DeriveDatasetResponse.FromString,
+                _registered_method=True)
         self.GetDataset = channel.unary_unary(
                 '/luthier.v1.Datasets/GetDataset',
                 request_serializer=luthier_dot_v1_dot_datasets__pb2.GetDatasetRequest.SerializeToString,
@@ -63,6 +88,43 @@ class DatasetsServicer(object):
 
     def UploadDataset(self, request_iterator, context):
         """Uploads a file. The first message holds the metadata, each further one a chunk.
+        """
+        context.set_code(grpc.StatusCode.UNIMPLEMENTED)
+        context.set_details('Method not implemented!')
+        raise NotImplementedError('Method not implemented!')
+
+    def GetUpload(self, request, context):
+        """Says how much of a file is here already, from an upload that broke off or from another dataset.
+        """
+        context.set_code(grpc.StatusCode.UNIMPLEMENTED)
+        context.set_details('Method not implemented!')
+        raise NotImplementedError('Method not implemented!')
+
+    def ImportDataset(self, request, context):
+        """Fetches a dataset from the Hugging Face Hub, an https URL, an object store or a folder that the operator allows. Ends
+        with the dataset; until then it tells how far it is. Nothing is kept when the caller leaves.
+        """
+        context.set_code(grpc.StatusCode.UNIMPLEMENTED)
+        context.set_details('Method not implemented!')
+        raise NotImplementedError('Method not implemented!')
+
+    def PreviewDataset(self, request, context):
+        """Shows rows as a model will see them: the rendered template, the tokens, and which of them are trained.
+        """
+        context.set_code(grpc.StatusCode.UNIMPLEMENTED)
+        context.set_details('Method not implemented!')
+        raise NotImplementedError('Method not implemented!')
+
+    def CheckDataset(self, request, context):
+        """Checks a dataset for a base model, as a job on it would be before it waits for a device. Ends with the report; until
+        then it tells how far it is.
+        """
+        context.set_code(grpc.StatusCode.UNIMPLEMENTED)
+        context.set_details('Method not implemented!')
+        raise NotImplementedError('Method not implemented!')
+
+    def DeriveDataset(self, request, context):
+        """Makes new datasets of others: a split, a sample, several in one.
         """
         context.set_code(grpc.StatusCode.UNIMPLEMENTED)
         context.set_details('Method not implemented!')
@@ -96,6 +158,31 @@ def add_DatasetsServicer_to_server(servicer, server):
                     servicer.UploadDataset,
                     request_deserializer=luthier_dot_v1_dot_datasets__pb2.UploadDatasetRequest.FromString,
                     response_serializer=luthier_dot_v1_dot_datasets__pb2.UploadDatasetResponse.SerializeToString,
+            ),
+            'GetUpload': grpc.unary_unary_rpc_method_handler(
+                    servicer.GetUpload,
+                    request_deserializer=luthier_dot_v1_dot_datasets__pb2.GetUploadRequest.FromString,
+                    response_serializer=luthier_dot_v1_dot_datasets__pb2.GetUploadResponse.SerializeToString,
+            ),
+            'ImportDataset': grpc.unary_stream_rpc_method_handler(
+                    servicer.ImportDataset,
+                    request_deserializer=luthier_dot_v1_dot_datasets__pb2.ImportDatasetRequest.FromString,
+                    response_serializer=luthier_dot_v1_dot_datasets__pb2.ImportDatasetResponse.SerializeToString,
+            ),
+            'PreviewDataset': grpc.unary_unary_rpc_method_handler(
+                    servicer.PreviewDataset,
+                    request_deserializer=luthier_dot_v1_dot_datasets__pb2.PreviewDatasetRequest.FromString,
+                    response_serializer=luthier_dot_v1_dot_datasets__pb2.PreviewDatasetResponse.SerializeToString,
+            ),
+            'CheckDataset': grpc.unary_stream_rpc_method_handler(
+                    servicer.CheckDataset,
+                    request_deserializer=luthier_dot_v1_dot_datasets__pb2.CheckDatasetRequest.FromString,
+                    response_serializer=luthier_dot_v1_dot_datasets__pb2.CheckDatasetResponse.SerializeToString,
+            ),
+            'DeriveDataset': grpc.unary_unary_rpc_method_handler(
+                    servicer.DeriveDataset,
+                    request_deserializer=luthier_dot_v1_dot_datasets__pb2.DeriveDatasetRequest.FromString,
+                    response_serializer=luthier_dot_v1_dot_datasets__pb2.DeriveDatasetResponse.SerializeToString,
             ),
             'GetDataset': grpc.unary_unary_rpc_method_handler(
                     servicer.GetDataset,
@@ -141,6 +228,141 @@ class Datasets(object):
             '/luthier.v1.Datasets/UploadDataset',
             luthier_dot_v1_dot_datasets__pb2.UploadDatasetRequest.SerializeToString,
             luthier_dot_v1_dot_datasets__pb2.UploadDatasetResponse.FromString,
+            options,
+            channel_credentials,
+            insecure,
+            call_credentials,
+            compression,
+            wait_for_ready,
+            timeout,
+            metadata,
+            _registered_method=True)
+
+    @staticmethod
+    def GetUpload(request,
+            target,
+            options=(),
+            channel_credentials=None,
+            call_credentials=None,
+            insecure=False,
+            compression=None,
+            wait_for_ready=None,
+            timeout=None,
+            metadata=None):
+        return grpc.experimental.unary_unary(
+            request,
+            target,
+            '/luthier.v1.Datasets/GetUpload',
+            luthier_dot_v1_dot_datasets__pb2.GetUploadRequest.SerializeToString,
+            luthier_dot_v1_dot_datasets__pb2.GetUploadResponse.FromString,
+            options,
+            channel_credentials,
+            insecure,
+            call_credentials,
+            compression,
+            wait_for_ready,
+            timeout,
+            metadata,
+            _registered_method=True)
+
+    @staticmethod
+    def ImportDataset(request,
+            target,
+            options=(),
+            channel_credentials=None,
+            call_credentials=None,
+            insecure=False,
+            compression=None,
+            wait_for_ready=None,
+            timeout=None,
+            metadata=None):
+        return grpc.experimental.unary_stream(
+            request,
+            target,
+            '/luthier.v1.Datasets/ImportDataset',
+            luthier_dot_v1_dot_datasets__pb2.ImportDatasetRequest.SerializeToString,
+            luthier_dot_v1_dot_datasets__pb2.ImportDatasetResponse.FromString,
+            options,
+            channel_credentials,
+            insecure,
+            call_credentials,
+            compression,
+            wait_for_ready,
+            timeout,
+            metadata,
+            _registered_method=True)
+
+    @staticmethod
+    def PreviewDataset(request,
+            target,
+            options=(),
+            channel_credentials=None,
+            call_credentials=None,
+            insecure=False,
+            compression=None,
+            wait_for_ready=None,
+            timeout=None,
+            metadata=None):
+        return grpc.experimental.unary_unary(
+            request,
+            target,
+            '/luthier.v1.Datasets/PreviewDataset',
+            luthier_dot_v1_dot_datasets__pb2.PreviewDatasetRequest.SerializeToString,
+            luthier_dot_v1_dot_datasets__pb2.PreviewDatasetResponse.FromString,
+            options,
+            channel_credentials,
+            insecure,
+            call_credentials,
+            compression,
+            wait_for_ready,
+            timeout,
+            metadata,
+            _registered_method=True)
+
+    @staticmethod
+    def CheckDataset(request,
+            target,
+            options=(),
+            channel_credentials=None,
+            call_credentials=None,
+            insecure=False,
+            compression=None,
+            wait_for_ready=None,
+            timeout=None,
+            metadata=None):
+        return grpc.experimental.unary_stream(
+            request,
+            target,
+            '/luthier.v1.Datasets/CheckDataset',
+            luthier_dot_v1_dot_datasets__pb2.CheckDatasetRequest.SerializeToString,
+            luthier_dot_v1_dot_datasets__pb2.CheckDatasetResponse.FromString,
+            options,
+            channel_credentials,
+            insecure,
+            call_credentials,
+            compression,
+            wait_for_ready,
+            timeout,
+            metadata,
+            _registered_method=True)
+
+    @staticmethod
+    def DeriveDataset(request,
+            target,
+            options=(),
+            channel_credentials=None,
+            call_credentials=None,
+            insecure=False,
+            compression=None,
+            wait_for_ready=None,
+            timeout=None,
+            metadata=None):
+        return grpc.experimental.unary_unary(
+            request,
+            target,
+            '/luthier.v1.Datasets/DeriveDataset',
+            luthier_dot_v1_dot_datasets__pb2.DeriveDatasetRequest.SerializeToString,
+            luthier_dot_v1_dot_datasets__pb2.DeriveDatasetResponse.FromString,
             options,
             channel_credentials,
             insecure,

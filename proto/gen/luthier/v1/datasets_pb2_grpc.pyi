@@ -41,6 +41,86 @@ _DatasetsUploadDatasetType = typing_extensions.TypeVar(
     ],
 )
 
+_DatasetsGetUploadType = typing_extensions.TypeVar(
+    '_DatasetsGetUploadType',
+    grpc.UnaryUnaryMultiCallable[
+        luthier.v1.datasets_pb2.GetUploadRequest,
+        luthier.v1.datasets_pb2.GetUploadResponse,
+    ],
+    grpc.aio.UnaryUnaryMultiCallable[
+        luthier.v1.datasets_pb2.GetUploadRequest,
+        luthier.v1.datasets_pb2.GetUploadResponse,
+    ],
+    default=grpc.UnaryUnaryMultiCallable[
+        luthier.v1.datasets_pb2.GetUploadRequest,
+        luthier.v1.datasets_pb2.GetUploadResponse,
+    ],
+)
+
+_DatasetsImportDatasetType = typing_extensions.TypeVar(
+    '_DatasetsImportDatasetType',
+    grpc.UnaryStreamMultiCallable[
+        luthier.v1.datasets_pb2.ImportDatasetRequest,
+        luthier.v1.datasets_pb2.ImportDatasetResponse,
+    ],
+    grpc.aio.UnaryStreamMultiCallable[
+        luthier.v1.datasets_pb2.ImportDatasetRequest,
+        luthier.v1.datasets_pb2.ImportDatasetResponse,
+    ],
+    default=grpc.UnaryStreamMultiCallable[
+        luthier.v1.datasets_pb2.ImportDatasetRequest,
+        luthier.v1.datasets_pb2.ImportDatasetResponse,
+    ],
+)
+
+_DatasetsPreviewDatasetType = typing_extensions.TypeVar(
+    '_DatasetsPreviewDatasetType',
+    grpc.UnaryUnaryMultiCallable[
+        luthier.v1.datasets_pb2.PreviewDatasetRequest,
+        luthier.v1.datasets_pb2.PreviewDatasetResponse,
+    ],
+    grpc.aio.UnaryUnaryMultiCallable[
+        luthier.v1.datasets_pb2.PreviewDatasetRequest,
+        luthier.v1.datasets_pb2.PreviewDatasetResponse,
+    ],
+    default=grpc.UnaryUnaryMultiCallable[
+        luthier.v1.datasets_pb2.PreviewDatasetRequest,
+        luthier.v1.datasets_pb2.PreviewDatasetResponse,
+    ],
+)
+
+_DatasetsCheckDatasetType = typing_extensions.TypeVar(
+    '_DatasetsCheckDatasetType',
+    grpc.UnaryStreamMultiCallable[
+        luthier.v1.datasets_pb2.CheckDatasetRequest,
+        luthier.v1.datasets_pb2.CheckDatasetResponse,
+    ],
+    grpc.aio.UnaryStreamMultiCallable[
+        luthier.v1.datasets_pb2.CheckDatasetRequest,
+        luthier.v1.datasets_pb2.CheckDatasetResponse,
+    ],
+    default=grpc.UnaryStreamMultiCallable[
+        luthier.v1.datasets_pb2.CheckDatasetRequest,
+        luthier.v1.datasets_pb2.CheckDatasetResponse,
+    ],
+)
+
+_DatasetsDeriveDatasetType = typing_extensions.TypeVar(
+    '_DatasetsDeriveDatasetType',
+    grpc.UnaryUnaryMultiCallable[
+        luthier.v1.datasets_pb2.DeriveDatasetRequest,
+        luthier.v1.datasets_pb2.DeriveDatasetResponse,
+    ],
+    grpc.aio.UnaryUnaryMultiCallable[
+        luthier.v1.datasets_pb2.DeriveDatasetRequest,
+        luthier.v1.datasets_pb2.DeriveDatasetResponse,
+    ],
+    default=grpc.UnaryUnaryMultiCallable[
+        luthier.v1.datasets_pb2.DeriveDatasetRequest,
+        luthier.v1.datasets_pb2.DeriveDatasetResponse,
+    ],
+)
+
 _DatasetsGetDatasetType = typing_extensions.TypeVar(
     '_DatasetsGetDatasetType',
     grpc.UnaryUnaryMultiCallable[
@@ -89,7 +169,7 @@ _DatasetsDeleteDatasetType = typing_extensions.TypeVar(
     ],
 )
 
-class DatasetsStub(typing.Generic[_DatasetsUploadDatasetType, _DatasetsGetDatasetType, _DatasetsListDatasetsType, _DatasetsDeleteDatasetType]):
+class DatasetsStub(typing.Generic[_DatasetsUploadDatasetType, _DatasetsGetUploadType, _DatasetsImportDatasetType, _DatasetsPreviewDatasetType, _DatasetsCheckDatasetType, _DatasetsDeriveDatasetType, _DatasetsGetDatasetType, _DatasetsListDatasetsType, _DatasetsDeleteDatasetType]):
     """Datasets: immutable, named, versioned, checked before they are kept."""
 
     @typing.overload
@@ -97,6 +177,26 @@ class DatasetsStub(typing.Generic[_DatasetsUploadDatasetType, _DatasetsGetDatase
         grpc.StreamUnaryMultiCallable[
             luthier.v1.datasets_pb2.UploadDatasetRequest,
             luthier.v1.datasets_pb2.UploadDatasetResponse,
+        ],
+        grpc.UnaryUnaryMultiCallable[
+            luthier.v1.datasets_pb2.GetUploadRequest,
+            luthier.v1.datasets_pb2.GetUploadResponse,
+        ],
+        grpc.UnaryStreamMultiCallable[
+            luthier.v1.datasets_pb2.ImportDatasetRequest,
+            luthier.v1.datasets_pb2.ImportDatasetResponse,
+        ],
+        grpc.UnaryUnaryMultiCallable[
+            luthier.v1.datasets_pb2.PreviewDatasetRequest,
+            luthier.v1.datasets_pb2.PreviewDatasetResponse,
+        ],
+        grpc.UnaryStreamMultiCallable[
+            luthier.v1.datasets_pb2.CheckDatasetRequest,
+            luthier.v1.datasets_pb2.CheckDatasetResponse,
+        ],
+        grpc.UnaryUnaryMultiCallable[
+            luthier.v1.datasets_pb2.DeriveDatasetRequest,
+            luthier.v1.datasets_pb2.DeriveDatasetResponse,
         ],
         grpc.UnaryUnaryMultiCallable[
             luthier.v1.datasets_pb2.GetDatasetRequest,
@@ -119,6 +219,26 @@ class DatasetsStub(typing.Generic[_DatasetsUploadDatasetType, _DatasetsGetDatase
             luthier.v1.datasets_pb2.UploadDatasetResponse,
         ],
         grpc.aio.UnaryUnaryMultiCallable[
+            luthier.v1.datasets_pb2.GetUploadRequest,
+            luthier.v1.datasets_pb2.GetUploadResponse,
+        ],
+        grpc.aio.UnaryStreamMultiCallable[
+            luthier.v1.datasets_pb2.ImportDatasetRequest,
+            luthier.v1.datasets_pb2.ImportDatasetResponse,
+        ],
+        grpc.aio.UnaryUnaryMultiCallable[
+            luthier.v1.datasets_pb2.PreviewDatasetRequest,
+            luthier.v1.datasets_pb2.PreviewDatasetResponse,
+        ],
+        grpc.aio.UnaryStreamMultiCallable[
+            luthier.v1.datasets_pb2.CheckDatasetRequest,
+            luthier.v1.datasets_pb2.CheckDatasetResponse,
+        ],
+        grpc.aio.UnaryUnaryMultiCallable[
+            luthier.v1.datasets_pb2.DeriveDatasetRequest,
+            luthier.v1.datasets_pb2.DeriveDatasetResponse,
+        ],
+        grpc.aio.UnaryUnaryMultiCallable[
             luthier.v1.datasets_pb2.GetDatasetRequest,
             luthier.v1.datasets_pb2.GetDatasetResponse,
         ],
@@ -135,6 +255,25 @@ class DatasetsStub(typing.Generic[_DatasetsUploadDatasetType, _DatasetsGetDatase
     UploadDataset: _DatasetsUploadDatasetType
     """Uploads a file. The first message holds the metadata, each further one a chunk."""
 
+    GetUpload: _DatasetsGetUploadType
+    """Says how much of a file is here already, from an upload that broke off or from another dataset."""
+
+    ImportDataset: _DatasetsImportDatasetType
+    """Fetches a dataset from the Hugging Face Hub, an https URL, an object store or a folder that the operator allows. Ends
+    with the dataset; until then it tells how far it is. Nothing is kept when the caller leaves.
+    """
+
+    PreviewDataset: _DatasetsPreviewDatasetType
+    """Shows rows as a model will see them: the rendered template, the tokens, and which of them are trained."""
+
+    CheckDataset: _DatasetsCheckDatasetType
+    """Checks a dataset for a base model, as a job on it would be before it waits for a device. Ends with the report; until
+    then it tells how far it is.
+    """
+
+    DeriveDataset: _DatasetsDeriveDatasetType
+    """Makes new datasets of others: a split, a sample, several in one."""
+
     GetDataset: _DatasetsGetDatasetType
     """Returns a dataset by `ds_...`, `name` or `name@3`."""
 
@@ -148,6 +287,26 @@ DatasetsAsyncStub: typing_extensions.TypeAlias = DatasetsStub[
     grpc.aio.StreamUnaryMultiCallable[
         luthier.v1.datasets_pb2.UploadDatasetRequest,
         luthier.v1.datasets_pb2.UploadDatasetResponse,
+    ],
+    grpc.aio.UnaryUnaryMultiCallable[
+        luthier.v1.datasets_pb2.GetUploadRequest,
+        luthier.v1.datasets_pb2.GetUploadResponse,
+    ],
+    grpc.aio.UnaryStreamMultiCallable[
+        luthier.v1.datasets_pb2.ImportDatasetRequest,
+        luthier.v1.datasets_pb2.ImportDatasetResponse,
+    ],
+    grpc.aio.UnaryUnaryMultiCallable[
+        luthier.v1.datasets_pb2.PreviewDatasetRequest,
+        luthier.v1.datasets_pb2.PreviewDatasetResponse,
+    ],
+    grpc.aio.UnaryStreamMultiCallable[
+        luthier.v1.datasets_pb2.CheckDatasetRequest,
+        luthier.v1.datasets_pb2.CheckDatasetResponse,
+    ],
+    grpc.aio.UnaryUnaryMultiCallable[
+        luthier.v1.datasets_pb2.DeriveDatasetRequest,
+        luthier.v1.datasets_pb2.DeriveDatasetResponse,
     ],
     grpc.aio.UnaryUnaryMultiCallable[
         luthier.v1.datasets_pb2.GetDatasetRequest,
@@ -173,6 +332,50 @@ class DatasetsServicer(metaclass=abc.ABCMeta):
         context: _ServicerContext,
     ) -> typing.Union[luthier.v1.datasets_pb2.UploadDatasetResponse, collections.abc.Awaitable[luthier.v1.datasets_pb2.UploadDatasetResponse]]:
         """Uploads a file. The first message holds the metadata, each further one a chunk."""
+
+    @abc.abstractmethod
+    def GetUpload(
+        self,
+        request: luthier.v1.datasets_pb2.GetUploadRequest,
+        context: _ServicerContext,
+    ) -> typing.Union[luthier.v1.datasets_pb2.GetUploadResponse, collections.abc.Awaitable[luthier.v1.datasets_pb2.GetUploadResponse]]:
+        """Says how much of a file is here already, from an upload that broke off or from another dataset."""
+
+    @abc.abstractmethod
+    def ImportDataset(
+        self,
+        request: luthier.v1.datasets_pb2.ImportDatasetRequest,
+        context: _ServicerContext,
+    ) -> typing.Union[collections.abc.Iterator[luthier.v1.datasets_pb2.ImportDatasetResponse], collections.abc.AsyncIterator[luthier.v1.datasets_pb2.ImportDatasetResponse]]:
+        """Fetches a dataset from the Hugging Face Hub, an https URL, an object store or a folder that the operator allows. Ends
+        with the dataset; until then it tells how far it is. Nothing is kept when the caller leaves.
+        """
+
+    @abc.abstractmethod
+    def PreviewDataset(
+        self,
+        request: luthier.v1.datasets_pb2.PreviewDatasetRequest,
+        context: _ServicerContext,
+    ) -> typing.Union[luthier.v1.datasets_pb2.PreviewDatasetResponse, collections.abc.Awaitable[luthier.v1.datasets_pb2.PreviewDatasetResponse]]:
+        """Shows rows as a model will see them: the rendered template, the tokens, and which of them are trained."""
+
+    @abc.abstractmethod
+    def CheckDataset(
+        self,
+        request: luthier.v1.datasets_pb2.CheckDatasetRequest,
+        context: _ServicerContext,
+    ) -> typing.Union[collections.abc.Iterator[luthier.v1.datasets_pb2.CheckDatasetResponse], collections.abc.AsyncIterator[luthier.v1.datasets_pb2.CheckDatasetResponse]]:
+        """Checks a dataset for a base model, as a job on it would be before it waits for a device. Ends with the report; until
+        then it tells how far it is.
+        """
+
+    @abc.abstractmethod
+    def DeriveDataset(
+        self,
+        request: luthier.v1.datasets_pb2.DeriveDatasetRequest,
+        context: _ServicerContext,
+    ) -> typing.Union[luthier.v1.datasets_pb2.DeriveDatasetResponse, collections.abc.Awaitable[luthier.v1.datasets_pb2.DeriveDatasetResponse]]:
+        """Makes new datasets of others: a split, a sample, several in one."""
 
     @abc.abstractmethod
     def GetDataset(

@@ -23,10 +23,11 @@ _sym_db = _symbol_database.Default()
 
 
 from google.protobuf import timestamp_pb2 as google_dot_protobuf_dot_timestamp__pb2
+from luthier.v1 import dataset_report_pb2 as luthier_dot_v1_dot_dataset__report__pb2
 from luthier.v1 import job_pb2 as luthier_dot_v1_dot_job__pb2
 
 
-DESCRIPTOR = _descriptor_pool.Default().AddSerializedFile(b'\n\x16luthier/v1/event.proto\x12\nluthier.v1\x1a\x1fgoogle/protobuf/timestamp.proto\x1a\x14luthier/v1/job.proto\"\xe0\x06\n\x08JobEvent\x12\x15\n\x06job_id\x18\x01 \x01(\tR\x05jobId\x12\x1a\n\x08sequence\x18\x02 \x01(\x03R\x08sequence\x12\x39\n\nevent_time\x18\x03 \x01(\x0b\x32\x1a.google.protobuf.TimestampR\teventTime\x12\x18\n\x07\x61ttempt\x18\x04 \x01(\x05R\x07\x61ttempt\x12?\n\rstate_changed\x18\n \x01(\x0b\x32\x18.luthier.v1.StateChangedH\x00R\x0cstateChanged\x12\x45\n\x0f\x61ttempt_started\x18\x0b \x01(\x0b\x32\x1a.luthier.v1.AttemptStartedH\x00R\x0e\x61ttemptStarted\x12?\n\rplan_resolved\x18\x0c \x01(\x0b\x32\x18.luthier.v1.PlanResolvedH\x00R\x0cplanResolved\x12H\n\x10phase_progressed\x18\r \x01(\x0b\x32\x1b.luthier.v1.PhaseProgressedH\x00R\x0fphaseProgressed\x12\x42\n\x0estep_completed\x18\x0e \x01(\x0b\x32\x19.luthier.v1.StepCompletedH\x00R\rstepCompleted\x12T\n\x14\x65valuation_completed\x18\x0f \x01(\x0b\x32\x1f.luthier.v1.EvaluationCompletedH\x00R\x13\x65valuationCompleted\x12K\n\x11samples_generated\x18\x10 \x01(\x0b\x32\x1c.luthier.v1.SamplesGeneratedH\x00R\x10samplesGenerated\x12H\n\x10\x63heckpoint_saved\x18\x11 \x01(\x0b\x32\x1b.luthier.v1.CheckpointSavedH\x00R\x0f\x63heckpointSaved\x12\x39\n\x0blog_emitted\x18\x12 \x01(\x0b\x32\x16.luthier.v1.LogEmittedH\x00R\nlogEmitted\x12\x42\n\x0eresume_checked\x18\x13 \x01(\x0b\x32\x19.luthier.v1.ResumeCheckedH\x00R\rresumeCheckedB\t\n\x07payload\"\xe8\x01\n\x0cStateChanged\x12\x33\n\nfrom_state\x18\x01 \x01(\x0e\x32\x14.luthier.v1.JobStateR\tfromState\x12*\n\x05state\x18\x02 \x01(\x0e\x32\x14.luthier.v1.JobStateR\x05state\x12\x16\n\x06reason\x18\x03 \x01(\tR\x06reason\x12\x18\n\x07message\x18\x04 \x01(\tR\x07message\x12*\n\x05\x65rror\x18\x05 \x01(\x0b\x32\x14.luthier.v1.JobErrorR\x05\x65rror\x12\x19\n\x08model_id\x18\x06 \x01(\tR\x07modelId\"\xd0\x01\n\x0e\x41ttemptStarted\x12\x18\n\x07\x61ttempt\x18\x01 \x01(\x05R\x07\x61ttempt\x12*\n\x11resumed_from_step\x18\x02 \x01(\x03R\x0fresumedFromStep\x12\x1e\n\ncheckpoint\x18\x03 \x01(\tR\ncheckpoint\x12.\n\x13\x64iscarded_from_step\x18\x04 \x01(\x03R\x11\x64iscardedFromStep\x12\x16\n\x06reason\x18\x05 \x01(\tR\x06reason\x12\x10\n\x03pid\x18\x06 \x01(\x03R\x03pid\"\xcd\x03\n\x0cPlanResolved\x12\x16\n\x06\x64\x65vice\x18\x01 \x01(\tR\x06\x64\x65vice\x12\x14\n\x05\x64type\x18\x02 \x01(\tR\x05\x64type\x12\x1c\n\tattention\x18\x03 \x01(\tR\tattention\x12,\n\x12micro_batch_tokens\x18\x04 \x01(\x03R\x10microBatchTokens\x12\x1f\n\x0btotal_steps\x18\x05 \x01(\x03R\ntotalSteps\x12#\n\rtraining_rows\x18\x06 \x01(\x03R\x0ctrainingRows\x12\'\n\x0fvalidation_rows\x18\x07 \x01(\x03R\x0evalidationRows\x12\'\n\x0f\x62\x61se_parameters\x18\x08 \x01(\x03R\x0e\x62\x61seParameters\x12-\n\x12trained_parameters\x18\t \x01(\x03R\x11trainedParameters\x12%\n\x0etarget_modules\x18\n \x03(\tR\rtargetModules\x12\x18\n\x07threads\x18\x0b \x01(\x05R\x07threads\x12%\n\x0etruncated_rows\x18\x0c \x01(\x03R\rtruncatedRows\x12\x14\n\x05notes\x18\r \x03(\tR\x05notes\"\x82\x01\n\x0fPhaseProgressed\x12\'\n\x05phase\x18\x01 \x01(\x0e\x32\x11.luthier.v1.PhaseR\x05phase\x12\x1c\n\tcompleted\x18\x02 \x01(\x03R\tcompleted\x12\x14\n\x05total\x18\x03 \x01(\x03R\x05total\x12\x12\n\x04unit\x18\x04 \x01(\tR\x04unit\"\xaa\x03\n\rStepCompleted\x12\x12\n\x04step\x18\x01 \x01(\x03R\x04step\x12\x1f\n\x0btotal_steps\x18\x02 \x01(\x03R\ntotalSteps\x12\x14\n\x05\x65poch\x18\x03 \x01(\x01R\x05\x65poch\x12\x12\n\x04loss\x18\x04 \x01(\x01R\x04loss\x12#\n\rlearning_rate\x18\x05 \x01(\x01R\x0clearningRate\x12\x1b\n\tgrad_norm\x18\x06 \x01(\x01R\x08gradNorm\x12*\n\x11tokens_per_second\x18\x07 \x01(\x01R\x0ftokensPerSecond\x12%\n\x0etrained_tokens\x18\x08 \x01(\x03R\rtrainedTokens\x12@\n\x07metrics\x18\t \x03(\x0b\x32&.luthier.v1.StepCompleted.MetricsEntryR\x07metrics\x12\'\n\x0f\x63omputed_tokens\x18\n \x01(\x03R\x0e\x63omputedTokens\x1a:\n\x0cMetricsEntry\x12\x10\n\x03key\x18\x01 \x01(\tR\x03key\x12\x14\n\x05value\x18\x02 \x01(\x01R\x05value:\x02\x38\x01\"\xd3\x01\n\x13\x45valuationCompleted\x12\x12\n\x04step\x18\x01 \x01(\x03R\x04step\x12\x14\n\x05\x65poch\x18\x02 \x01(\x01R\x05\x65poch\x12\x12\n\x04loss\x18\x03 \x01(\x01R\x04loss\x12\x1e\n\nperplexity\x18\x04 \x01(\x01R\nperplexity\x12%\n\x0etoken_accuracy\x18\x05 \x01(\x01R\rtokenAccuracy\x12#\n\rscored_tokens\x18\x06 \x01(\x03R\x0cscoredTokens\x12\x12\n\x04rows\x18\x07 \x01(\x03R\x04rows\"@\n\x06Sample\x12\x16\n\x06prompt\x18\x01 \x01(\tR\x06prompt\x12\x1e\n\ncompletion\x18\x02 \x01(\tR\ncompletion\"T\n\x10SamplesGenerated\x12\x12\n\x04step\x18\x01 \x01(\x03R\x04step\x12,\n\x07samples\x18\x02 \x03(\x0b\x32\x12.luthier.v1.SampleR\x07samples\"v\n\x0f\x43heckpointSaved\x12\x12\n\x04step\x18\x01 \x01(\x03R\x04step\x12\x12\n\x04name\x18\x02 \x01(\tR\x04name\x12\x1c\n\tdirectory\x18\x03 \x01(\tR\tdirectory\x12\x1d\n\nsize_bytes\x18\x04 \x01(\x03R\tsizeBytes\"R\n\nLogEmitted\x12*\n\x05level\x18\x01 \x01(\x0e\x32\x14.luthier.v1.LogLevelR\x05level\x12\x18\n\x07message\x18\x02 \x01(\tR\x07message\"\xa7\x01\n\rResumeChecked\x12\x12\n\x04step\x18\x01 \x01(\x03R\x04step\x12\x1a\n\x08verified\x18\x02 \x01(\x08R\x08verified\x12#\n\rrecorded_loss\x18\x03 \x01(\x01R\x0crecordedLoss\x12\'\n\x0frecomputed_loss\x18\x04 \x01(\x01R\x0erecomputedLoss\x12\x18\n\x07message\x18\x05 \x01(\tR\x07message*\x97\x01\n\x05Phase\x12\x15\n\x11PHASE_UNSPECIFIED\x10\x00\x12\x11\n\rPHASE_LOADING\x10\x01\x12\x14\n\x10PHASE_TOKENIZING\x10\x02\x12\x12\n\x0ePHASE_TRAINING\x10\x03\x12\x14\n\x10PHASE_EVALUATING\x10\x04\x12\x12\n\x0ePHASE_SAMPLING\x10\x05\x12\x10\n\x0cPHASE_SAVING\x10\x06*e\n\x08LogLevel\x12\x19\n\x15LOG_LEVEL_UNSPECIFIED\x10\x00\x12\x12\n\x0eLOG_LEVEL_INFO\x10\x01\x12\x15\n\x11LOG_LEVEL_WARNING\x10\x02\x12\x13\n\x0fLOG_LEVEL_ERROR\x10\x03\x62\x06proto3')
+DESCRIPTOR = _descriptor_pool.Default().AddSerializedFile(b'\n\x16luthier/v1/event.proto\x12\nluthier.v1\x1a\x1fgoogle/protobuf/timestamp.proto\x1a\x1fluthier/v1/dataset_report.proto\x1a\x14luthier/v1/job.proto\"\xaa\x07\n\x08JobEvent\x12\x15\n\x06job_id\x18\x01 \x01(\tR\x05jobId\x12\x1a\n\x08sequence\x18\x02 \x01(\x03R\x08sequence\x12\x39\n\nevent_time\x18\x03 \x01(\x0b\x32\x1a.google.protobuf.TimestampR\teventTime\x12\x18\n\x07\x61ttempt\x18\x04 \x01(\x05R\x07\x61ttempt\x12?\n\rstate_changed\x18\n \x01(\x0b\x32\x18.luthier.v1.StateChangedH\x00R\x0cstateChanged\x12\x45\n\x0f\x61ttempt_started\x18\x0b \x01(\x0b\x32\x1a.luthier.v1.AttemptStartedH\x00R\x0e\x61ttemptStarted\x12?\n\rplan_resolved\x18\x0c \x01(\x0b\x32\x18.luthier.v1.PlanResolvedH\x00R\x0cplanResolved\x12H\n\x10phase_progressed\x18\r \x01(\x0b\x32\x1b.luthier.v1.PhaseProgressedH\x00R\x0fphaseProgressed\x12\x42\n\x0estep_completed\x18\x0e \x01(\x0b\x32\x19.luthier.v1.StepCompletedH\x00R\rstepCompleted\x12T\n\x14\x65valuation_completed\x18\x0f \x01(\x0b\x32\x1f.luthier.v1.EvaluationCompletedH\x00R\x13\x65valuationCompleted\x12K\n\x11samples_generated\x18\x10 \x01(\x0b\x32\x1c.luthier.v1.SamplesGeneratedH\x00R\x10samplesGenerated\x12H\n\x10\x63heckpoint_saved\x18\x11 \x01(\x0b\x32\x1b.luthier.v1.CheckpointSavedH\x00R\x0f\x63heckpointSaved\x12\x39\n\x0blog_emitted\x18\x12 \x01(\x0b\x32\x16.luthier.v1.LogEmittedH\x00R\nlogEmitted\x12\x42\n\x0eresume_checked\x18\x13 \x01(\x0b\x32\x19.luthier.v1.ResumeCheckedH\x00R\rresumeChecked\x12H\n\x10\x64\x61tasets_checked\x18\x14 \x01(\x0b\x32\x1b.luthier.v1.DatasetsCheckedH\x00R\x0f\x64\x61tasetsCheckedB\t\n\x07payload\"\x7f\n\x0f\x44\x61tasetsChecked\x12\x33\n\x08training\x18\x01 \x01(\x0b\x32\x17.luthier.v1.TokenReportR\x08training\x12\x37\n\nvalidation\x18\x02 \x01(\x0b\x32\x17.luthier.v1.TokenReportR\nvalidation\"\xe8\x01\n\x0cStateChanged\x12\x33\n\nfrom_state\x18\x01 \x01(\x0e\x32\x14.luthier.v1.JobStateR\tfromState\x12*\n\x05state\x18\x02 \x01(\x0e\x32\x14.luthier.v1.JobStateR\x05state\x12\x16\n\x06reason\x18\x03 \x01(\tR\x06reason\x12\x18\n\x07message\x18\x04 \x01(\tR\x07message\x12*\n\x05\x65rror\x18\x05 \x01(\x0b\x32\x14.luthier.v1.JobErrorR\x05\x65rror\x12\x19\n\x08model_id\x18\x06 \x01(\tR\x07modelId\"\xd0\x01\n\x0e\x41ttemptStarted\x12\x18\n\x07\x61ttempt\x18\x01 \x01(\x05R\x07\x61ttempt\x12*\n\x11resumed_from_step\x18\x02 \x01(\x03R\x0fresumedFromStep\x12\x1e\n\ncheckpoint\x18\x03 \x01(\tR\ncheckpoint\x12.\n\x13\x64iscarded_from_step\x18\x04 \x01(\x03R\x11\x64iscardedFromStep\x12\x16\n\x06reason\x18\x05 \x01(\tR\x06reason\x12\x10\n\x03pid\x18\x06 \x01(\x03R\x03pid\"\xcd\x03\n\x0cPlanResolved\x12\x16\n\x06\x64\x65vice\x18\x01 \x01(\tR\x06\x64\x65vice\x12\x14\n\x05\x64type\x18\x02 \x01(\tR\x05\x64type\x12\x1c\n\tattention\x18\x03 \x01(\tR\tattention\x12,\n\x12micro_batch_tokens\x18\x04 \x01(\x03R\x10microBatchTokens\x12\x1f\n\x0btotal_steps\x18\x05 \x01(\x03R\ntotalSteps\x12#\n\rtraining_rows\x18\x06 \x01(\x03R\x0ctrainingRows\x12\'\n\x0fvalidation_rows\x18\x07 \x01(\x03R\x0evalidationRows\x12\'\n\x0f\x62\x61se_parameters\x18\x08 \x01(\x03R\x0e\x62\x61seParameters\x12-\n\x12trained_parameters\x18\t \x01(\x03R\x11trainedParameters\x12%\n\x0etarget_modules\x18\n \x03(\tR\rtargetModules\x12\x18\n\x07threads\x18\x0b \x01(\x05R\x07threads\x12%\n\x0etruncated_rows\x18\x0c \x01(\x03R\rtruncatedRows\x12\x14\n\x05notes\x18\r \x03(\tR\x05notes\"\x82\x01\n\x0fPhaseProgressed\x12\'\n\x05phase\x18\x01 \x01(\x0e\x32\x11.luthier.v1.PhaseR\x05phase\x12\x1c\n\tcompleted\x18\x02 \x01(\x03R\tcompleted\x12\x14\n\x05total\x18\x03 \x01(\x03R\x05total\x12\x12\n\x04unit\x18\x04 \x01(\tR\x04unit\"\xaa\x03\n\rStepCompleted\x12\x12\n\x04step\x18\x01 \x01(\x03R\x04step\x12\x1f\n\x0btotal_steps\x18\x02 \x01(\x03R\ntotalSteps\x12\x14\n\x05\x65poch\x18\x03 \x01(\x01R\x05\x65poch\x12\x12\n\x04loss\x18\x04 \x01(\x01R\x04loss\x12#\n\rlearning_rate\x18\x05 \x01(\x01R\x0clearningRate\x12\x1b\n\tgrad_norm\x18\x06 \x01(\x01R\x08gradNorm\x12*\n\x11tokens_per_second\x18\x07 \x01(\x01R\x0ftokensPerSecond\x12%\n\x0etrained_tokens\x18\x08 \x01(\x03R\rtrainedTokens\x12@\n\x07metrics\x18\t \x03(\x0b\x32&.luthier.v1.StepCompleted.MetricsEntryR\x07metrics\x12\'\n\x0f\x63omputed_tokens\x18\n \x01(\x03R\x0e\x63omputedTokens\x1a:\n\x0cMetricsEntry\x12\x10\n\x03key\x18\x01 \x01(\tR\x03key\x12\x14\n\x05value\x18\x02 \x01(\x01R\x05value:\x02\x38\x01\"\xd3\x01\n\x13\x45valuationCompleted\x12\x12\n\x04step\x18\x01 \x01(\x03R\x04step\x12\x14\n\x05\x65poch\x18\x02 \x01(\x01R\x05\x65poch\x12\x12\n\x04loss\x18\x03 \x01(\x01R\x04loss\x12\x1e\n\nperplexity\x18\x04 \x01(\x01R\nperplexity\x12%\n\x0etoken_accuracy\x18\x05 \x01(\x01R\rtokenAccuracy\x12#\n\rscored_tokens\x18\x06 \x01(\x03R\x0cscoredTokens\x12\x12\n\x04rows\x18\x07 \x01(\x03R\x04rows\"@\n\x06Sample\x12\x16\n\x06prompt\x18\x01 \x01(\tR\x06prompt\x12\x1e\n\ncompletion\x18\x02 \x01(\tR\ncompletion\"T\n\x10SamplesGenerated\x12\x12\n\x04step\x18\x01 \x01(\x03R\x04step\x12,\n\x07samples\x18\x02 \x03(\x0b\x32\x12.luthier.v1.SampleR\x07samples\"v\n\x0f\x43heckpointSaved\x12\x12\n\x04step\x18\x01 \x01(\x03R\x04step\x12\x12\n\x04name\x18\x02 \x01(\tR\x04name\x12\x1c\n\tdirectory\x18\x03 \x01(\tR\tdirectory\x12\x1d\n\nsize_bytes\x18\x04 \x01(\x03R\tsizeBytes\"R\n\nLogEmitted\x12*\n\x05level\x18\x01 \x01(\x0e\x32\x14.luthier.v1.LogLevelR\x05level\x12\x18\n\x07message\x18\x02 \x01(\tR\x07message\"\xa7\x01\n\rResumeChecked\x12\x12\n\x04step\x18\x01 \x01(\x03R\x04step\x12\x1a\n\x08verified\x18\x02 \x01(\x08R\x08verified\x12#\n\rrecorded_loss\x18\x03 \x01(\x01R\x0crecordedLoss\x12\'\n\x0frecomputed_loss\x18\x04 \x01(\x01R\x0erecomputedLoss\x12\x18\n\x07message\x18\x05 \x01(\tR\x07message*\x97\x01\n\x05Phase\x12\x15\n\x11PHASE_UNSPECIFIED\x10\x00\x12\x11\n\rPHASE_LOADING\x10\x01\x12\x14\n\x10PHASE_TOKENIZING\x10\x02\x12\x12\n\x0ePHASE_TRAINING\x10\x03\x12\x14\n\x10PHASE_EVALUATING\x10\x04\x12\x12\n\x0ePHASE_SAMPLING\x10\x05\x12\x10\n\x0cPHASE_SAVING\x10\x06*e\n\x08LogLevel\x12\x19\n\x15LOG_LEVEL_UNSPECIFIED\x10\x00\x12\x12\n\x0eLOG_LEVEL_INFO\x10\x01\x12\x15\n\x11LOG_LEVEL_WARNING\x10\x02\x12\x13\n\x0fLOG_LEVEL_ERROR\x10\x03\x62\x06proto3')
 
 _globals = globals()
 _builder.BuildMessageAndEnumDescriptors(DESCRIPTOR, _globals)
@@ -35,34 +36,36 @@ if not _descriptor._USE_C_DESCRIPTORS:
   DESCRIPTOR._loaded_options = None
   _globals['_STEPCOMPLETED_METRICSENTRY']._loaded_options = None
   _globals['_STEPCOMPLETED_METRICSENTRY']._serialized_options = b'8\001'
-  _globals['_PHASE']._serialized_start=3173
-  _globals['_PHASE']._serialized_end=3324
-  _globals['_LOGLEVEL']._serialized_start=3326
-  _globals['_LOGLEVEL']._serialized_end=3427
-  _globals['_JOBEVENT']._serialized_start=94
-  _globals['_JOBEVENT']._serialized_end=958
-  _globals['_STATECHANGED']._serialized_start=961
-  _globals['_STATECHANGED']._serialized_end=1193
-  _globals['_ATTEMPTSTARTED']._serialized_start=1196
-  _globals['_ATTEMPTSTARTED']._serialized_end=1404
-  _globals['_PLANRESOLVED']._serialized_start=1407
-  _globals['_PLANRESOLVED']._serialized_end=1868
-  _globals['_PHASEPROGRESSED']._serialized_start=1871
-  _globals['_PHASEPROGRESSED']._serialized_end=2001
-  _globals['_STEPCOMPLETED']._serialized_start=2004
-  _globals['_STEPCOMPLETED']._serialized_end=2430
-  _globals['_STEPCOMPLETED_METRICSENTRY']._serialized_start=2372
-  _globals['_STEPCOMPLETED_METRICSENTRY']._serialized_end=2430
-  _globals['_EVALUATIONCOMPLETED']._serialized_start=2433
-  _globals['_EVALUATIONCOMPLETED']._serialized_end=2644
-  _globals['_SAMPLE']._serialized_start=2646
-  _globals['_SAMPLE']._serialized_end=2710
-  _globals['_SAMPLESGENERATED']._serialized_start=2712
-  _globals['_SAMPLESGENERATED']._serialized_end=2796
-  _globals['_CHECKPOINTSAVED']._serialized_start=2798
-  _globals['_CHECKPOINTSAVED']._serialized_end=2916
-  _globals['_LOGEMITTED']._serialized_start=2918
-  _globals['_LOGEMITTED']._serialized_end=3000
-  _globals['_RESUMECHECKED']._serialized_start=3003
-  _globals['_RESUMECHECKED']._serialized_end=3170
+  _globals['_PHASE']._serialized_start=3409
+  _globals['_PHASE']._serialized_end=3560
+  _globals['_LOGLEVEL']._serialized_start=3562
+  _globals['_LOGLEVEL']._serialized_end=3663
+  _globals['_JOBEVENT']._serialized_start=127
+  _globals['_JOBEVENT']._serialized_end=1065
+  _globals['_DATASETSCHECKED']._serialized_start=1067
+  _globals['_DATASETSCHECKED']._serialized_end=1194
+  _globals['_STATECHANGED']._serialized_start=1197
+  _globals['_STATECHANGED']._serialized_end=1429
+  _globals['_ATTEMPTSTARTED']._serialized_start=1432
+  _globals['_ATTEMPTSTARTED']._serialized_end=1640
+  _globals['_PLANRESOLVED']._serialized_start=1643
+  _globals['_PLANRESOLVED']._serialized_end=2104
+  _globals['_PHASEPROGRESSED']._serialized_start=2107
+  _globals['_PHASEPROGRESSED']._serialized_end=2237
+  _globals['_STEPCOMPLETED']._serialized_start=2240
+  _globals['_STEPCOMPLETED']._serialized_end=2666
+  _globals['_STEPCOMPLETED_METRICSENTRY']._serialized_start=2608
+  _globals['_STEPCOMPLETED_METRICSENTRY']._serialized_end=2666
+  _globals['_EVALUATIONCOMPLETED']._serialized_start=2669
+  _globals['_EVALUATIONCOMPLETED']._serialized_end=2880
+  _globals['_SAMPLE']._serialized_start=2882
+  _globals['_SAMPLE']._serialized_end=2946
+  _globals['_SAMPLESGENERATED']._serialized_start=2948
+  _globals['_SAMPLESGENERATED']._serialized_end=3032
+  _globals['_CHECKPOINTSAVED']._serialized_start=3034
+  _globals['_CHECKPOINTSAVED']._serialized_end=3152
+  _globals['_LOGEMITTED']._serialized_start=3154
+  _globals['_LOGEMITTED']._serialized_end=3236
+  _globals['_RESUMECHECKED']._serialized_start=3239
+  _globals['_RESUMECHECKED']._serialized_end=3406
 # @@protoc_insertion_point(module_scope)

@@ -10,6 +10,7 @@ import google.protobuf.internal.containers
 import google.protobuf.internal.enum_type_wrapper
 import google.protobuf.message
 import google.protobuf.timestamp_pb2
+import luthier.v1.dataset_report_pb2
 import luthier.v1.job_pb2
 import sys
 import typing
@@ -109,6 +110,7 @@ class JobEvent(google.protobuf.message.Message):
     CHECKPOINT_SAVED_FIELD_NUMBER: builtins.int
     LOG_EMITTED_FIELD_NUMBER: builtins.int
     RESUME_CHECKED_FIELD_NUMBER: builtins.int
+    DATASETS_CHECKED_FIELD_NUMBER: builtins.int
     job_id: builtins.str
     """The job."""
     sequence: builtins.int
@@ -159,6 +161,10 @@ class JobEvent(google.protobuf.message.Message):
     def resume_checked(self) -> Global___ResumeChecked:
         """Training that goes on was checked against what was recorded."""
 
+    @property
+    def datasets_checked(self) -> Global___DatasetsChecked:
+        """The job's datasets were checked for its base model."""
+
     def __init__(
         self,
         *,
@@ -176,12 +182,40 @@ class JobEvent(google.protobuf.message.Message):
         checkpoint_saved: Global___CheckpointSaved | None = ...,
         log_emitted: Global___LogEmitted | None = ...,
         resume_checked: Global___ResumeChecked | None = ...,
+        datasets_checked: Global___DatasetsChecked | None = ...,
     ) -> None: ...
-    def HasField(self, field_name: typing.Literal["attempt_started", b"attempt_started", "checkpoint_saved", b"checkpoint_saved", "evaluation_completed", b"evaluation_completed", "event_time", b"event_time", "log_emitted", b"log_emitted", "payload", b"payload", "phase_progressed", b"phase_progressed", "plan_resolved", b"plan_resolved", "resume_checked", b"resume_checked", "samples_generated", b"samples_generated", "state_changed", b"state_changed", "step_completed", b"step_completed"]) -> builtins.bool: ...
-    def ClearField(self, field_name: typing.Literal["attempt", b"attempt", "attempt_started", b"attempt_started", "checkpoint_saved", b"checkpoint_saved", "evaluation_completed", b"evaluation_completed", "event_time", b"event_time", "job_id", b"job_id", "log_emitted", b"log_emitted", "payload", b"payload", "phase_progressed", b"phase_progressed", "plan_resolved", b"plan_resolved", "resume_checked", b"resume_checked", "samples_generated", b"samples_generated", "sequence", b"sequence", "state_changed", b"state_changed", "step_completed", b"step_completed"]) -> None: ...
-    def WhichOneof(self, oneof_group: typing.Literal["payload", b"payload"]) -> typing.Literal["state_changed", "attempt_started", "plan_resolved", "phase_progressed", "step_completed", "evaluation_completed", "samples_generated", "checkpoint_saved", "log_emitted", "resume_checked"] | None: ...
+    def HasField(self, field_name: typing.Literal["attempt_started", b"attempt_started", "checkpoint_saved", b"checkpoint_saved", "datasets_checked", b"datasets_checked", "evaluation_completed", b"evaluation_completed", "event_time", b"event_time", "log_emitted", b"log_emitted", "payload", b"payload", "phase_progressed", b"phase_progressed", "plan_resolved", b"plan_resolved", "resume_checked", b"resume_checked", "samples_generated", b"samples_generated", "state_changed", b"state_changed", "step_completed", b"step_completed"]) -> builtins.bool: ...
+    def ClearField(self, field_name: typing.Literal["attempt", b"attempt", "attempt_started", b"attempt_started", "checkpoint_saved", b"checkpoint_saved", "datasets_checked", b"datasets_checked", "evaluation_completed", b"evaluation_completed", "event_time", b"event_time", "job_id", b"job_id", "log_emitted", b"log_emitted", "payload", b"payload", "phase_progressed", b"phase_progressed", "plan_resolved", b"plan_resolved", "resume_checked", b"resume_checked", "samples_generated", b"samples_generated", "sequence", b"sequence", "state_changed", b"state_changed", "step_completed", b"step_completed"]) -> None: ...
+    def WhichOneof(self, oneof_group: typing.Literal["payload", b"payload"]) -> typing.Literal["state_changed", "attempt_started", "plan_resolved", "phase_progressed", "step_completed", "evaluation_completed", "samples_generated", "checkpoint_saved", "log_emitted", "resume_checked", "datasets_checked"] | None: ...
 
 Global___JobEvent: typing_extensions.TypeAlias = JobEvent
+
+@typing.final
+class DatasetsChecked(google.protobuf.message.Message):
+    """The job's datasets were checked for its base model, before it waited for a device. GetDataset has the whole reports."""
+
+    DESCRIPTOR: google.protobuf.descriptor.Descriptor
+
+    TRAINING_FIELD_NUMBER: builtins.int
+    VALIDATION_FIELD_NUMBER: builtins.int
+    @property
+    def training(self) -> luthier.v1.dataset_report_pb2.TokenReport:
+        """Of the training dataset, with its first 20 findings."""
+
+    @property
+    def validation(self) -> luthier.v1.dataset_report_pb2.TokenReport:
+        """Of the validation dataset; unset without one."""
+
+    def __init__(
+        self,
+        *,
+        training: luthier.v1.dataset_report_pb2.TokenReport | None = ...,
+        validation: luthier.v1.dataset_report_pb2.TokenReport | None = ...,
+    ) -> None: ...
+    def HasField(self, field_name: typing.Literal["training", b"training", "validation", b"validation"]) -> builtins.bool: ...
+    def ClearField(self, field_name: typing.Literal["training", b"training", "validation", b"validation"]) -> None: ...
+
+Global___DatasetsChecked: typing_extensions.TypeAlias = DatasetsChecked
 
 @typing.final
 class StateChanged(google.protobuf.message.Message):

@@ -10,6 +10,7 @@ import google.protobuf.internal.containers
 import google.protobuf.internal.enum_type_wrapper
 import google.protobuf.message
 import google.protobuf.timestamp_pb2
+import luthier.v1.tokenization_pb2
 import sys
 import typing
 
@@ -406,6 +407,7 @@ class FineTuneTask(google.protobuf.message.Message):
     CHECKPOINTS_FIELD_NUMBER: builtins.int
     SUFFIX_FIELD_NUMBER: builtins.int
     RESUME_FROM_FIELD_NUMBER: builtins.int
+    TOKENIZATION_FIELD_NUMBER: builtins.int
     base_model: builtins.str
     """A hub id (`Qwen/Qwen2.5-0.5B`), a directory under a root that the operator allows, `builtin/tiny`, a directory
     with a PEFT adapter (continued training), or the id of a model that Luthier made (continued training).
@@ -450,6 +452,10 @@ class FineTuneTask(google.protobuf.message.Message):
     def checkpoints(self) -> Global___Checkpoints:
         """When to save, and how much to keep."""
 
+    @property
+    def tokenization(self) -> luthier.v1.tokenization_pb2.Tokenization:
+        """How rows become tokens, and which of them are trained."""
+
     def __init__(
         self,
         *,
@@ -467,9 +473,10 @@ class FineTuneTask(google.protobuf.message.Message):
         checkpoints: Global___Checkpoints | None = ...,
         suffix: builtins.str = ...,
         resume_from: builtins.str = ...,
+        tokenization: luthier.v1.tokenization_pb2.Tokenization | None = ...,
     ) -> None: ...
-    def HasField(self, field_name: typing.Literal["_validation_fraction", b"_validation_fraction", "adaptation", b"adaptation", "checkpoints", b"checkpoints", "evaluation", b"evaluation", "full", b"full", "hyperparameters", b"hyperparameters", "lora", b"lora", "objective", b"objective", "sft", b"sft", "validation_fraction", b"validation_fraction"]) -> builtins.bool: ...
-    def ClearField(self, field_name: typing.Literal["_validation_fraction", b"_validation_fraction", "adaptation", b"adaptation", "base_model", b"base_model", "base_model_revision", b"base_model_revision", "checkpoints", b"checkpoints", "evaluation", b"evaluation", "full", b"full", "hub_token_secret", b"hub_token_secret", "hyperparameters", b"hyperparameters", "lora", b"lora", "objective", b"objective", "resume_from", b"resume_from", "sft", b"sft", "suffix", b"suffix", "training_dataset", b"training_dataset", "validation_dataset", b"validation_dataset", "validation_fraction", b"validation_fraction"]) -> None: ...
+    def HasField(self, field_name: typing.Literal["_validation_fraction", b"_validation_fraction", "adaptation", b"adaptation", "checkpoints", b"checkpoints", "evaluation", b"evaluation", "full", b"full", "hyperparameters", b"hyperparameters", "lora", b"lora", "objective", b"objective", "sft", b"sft", "tokenization", b"tokenization", "validation_fraction", b"validation_fraction"]) -> builtins.bool: ...
+    def ClearField(self, field_name: typing.Literal["_validation_fraction", b"_validation_fraction", "adaptation", b"adaptation", "base_model", b"base_model", "base_model_revision", b"base_model_revision", "checkpoints", b"checkpoints", "evaluation", b"evaluation", "full", b"full", "hub_token_secret", b"hub_token_secret", "hyperparameters", b"hyperparameters", "lora", b"lora", "objective", b"objective", "resume_from", b"resume_from", "sft", b"sft", "suffix", b"suffix", "tokenization", b"tokenization", "training_dataset", b"training_dataset", "validation_dataset", b"validation_dataset", "validation_fraction", b"validation_fraction"]) -> None: ...
     @typing.overload
     def WhichOneof(self, oneof_group: typing.Literal["_validation_fraction", b"_validation_fraction"]) -> typing.Literal["validation_fraction"] | None: ...
     @typing.overload
@@ -596,7 +603,9 @@ class Hyperparameters(google.protobuf.message.Message):
     max_steps: builtins.int
     """Optimizer steps at most; ends training also when epochs are not over. Default: no limit."""
     max_length: builtins.int
-    """Longest example in tokens; longer ones are cut at the end. Default: 1024, or the model's own limit if lower."""
+    """Longest example in tokens; tokenization.overlong says what happens to longer ones. Default: 1024, or the model's own
+    limit if lower.
+    """
     seed: builtins.int
     """Seed of the data order, the adapter's start and dropout. Default 0."""
     attn_implementation: builtins.str

@@ -23,12 +23,11 @@ _sym_db = _symbol_database.Default()
 
 
 from google.protobuf import timestamp_pb2 as google_dot_protobuf_dot_timestamp__pb2
-from luthier.v1 import dataset_pb2 as luthier_dot_v1_dot_dataset__pb2
 from luthier.v1 import event_pb2 as luthier_dot_v1_dot_event__pb2
 from luthier.v1 import job_pb2 as luthier_dot_v1_dot_job__pb2
 
 
-DESCRIPTOR = _descriptor_pool.Default().AddSerializedFile(b'\n\x1fluthier/trainer/v1/report.proto\x12\x12luthier.trainer.v1\x1a\x1fgoogle/protobuf/timestamp.proto\x1a\x18luthier/v1/dataset.proto\x1a\x16luthier/v1/event.proto\x1a\x14luthier/v1/job.proto\"\xc4\x07\n\rTrainerReport\x12\x1a\n\x08sequence\x18\x01 \x01(\x03R\x08sequence\x12.\n\x04time\x18\x02 \x01(\x0b\x32\x1a.google.protobuf.TimestampR\x04time\x12\x37\n\x07started\x18\n \x01(\x0b\x32\x1b.luthier.trainer.v1.StartedH\x00R\x07started\x12?\n\rplan_resolved\x18\x0b \x01(\x0b\x32\x18.luthier.v1.PlanResolvedH\x00R\x0cplanResolved\x12H\n\x10phase_progressed\x18\x0c \x01(\x0b\x32\x1b.luthier.v1.PhaseProgressedH\x00R\x0fphaseProgressed\x12\x42\n\x0estep_completed\x18\r \x01(\x0b\x32\x19.luthier.v1.StepCompletedH\x00R\rstepCompleted\x12T\n\x14\x65valuation_completed\x18\x0e \x01(\x0b\x32\x1f.luthier.v1.EvaluationCompletedH\x00R\x13\x65valuationCompleted\x12K\n\x11samples_generated\x18\x0f \x01(\x0b\x32\x1c.luthier.v1.SamplesGeneratedH\x00R\x10samplesGenerated\x12H\n\x10\x63heckpoint_saved\x18\x10 \x01(\x0b\x32\x1b.luthier.v1.CheckpointSavedH\x00R\x0f\x63heckpointSaved\x12\x39\n\x0blog_emitted\x18\x11 \x01(\x0b\x32\x16.luthier.v1.LogEmittedH\x00R\nlogEmitted\x12=\n\theartbeat\x18\x12 \x01(\x0b\x32\x1d.luthier.trainer.v1.HeartbeatH\x00R\theartbeat\x12:\n\x08\x66inished\x18\x13 \x01(\x0b\x32\x1c.luthier.trainer.v1.FinishedH\x00R\x08\x66inished\x12\x34\n\x06\x66\x61iled\x18\x14 \x01(\x0b\x32\x1a.luthier.trainer.v1.FailedH\x00R\x06\x66\x61iled\x12\x37\n\x07stopped\x18\x15 \x01(\x0b\x32\x1b.luthier.trainer.v1.StoppedH\x00R\x07stopped\x12\x42\n\x0eresume_checked\x18\x16 \x01(\x0b\x32\x19.luthier.v1.ResumeCheckedH\x00R\rresumeCheckedB\t\n\x07payload\"g\n\x07Started\x12\x10\n\x03pid\x18\x01 \x01(\x03R\x03pid\x12*\n\x11resumed_from_step\x18\x02 \x01(\x03R\x0fresumedFromStep\x12\x1e\n\ncheckpoint\x18\x03 \x01(\tR\ncheckpoint\"\x0b\n\tHeartbeat\"\xbe\x01\n\x08\x46inished\x12\x12\n\x04step\x18\x01 \x01(\x03R\x04step\x12\x1d\n\nsize_bytes\x18\x02 \x01(\x03R\tsizeBytes\x12\x43\n\x07metrics\x18\x03 \x03(\x0b\x32).luthier.trainer.v1.Finished.MetricsEntryR\x07metrics\x1a:\n\x0cMetricsEntry\x12\x10\n\x03key\x18\x01 \x01(\tR\x03key\x12\x14\n\x05value\x18\x02 \x01(\x01R\x05value:\x02\x38\x01\"R\n\x06\x46\x61iled\x12*\n\x05\x65rror\x18\x01 \x01(\x0b\x32\x14.luthier.v1.JobErrorR\x05\x65rror\x12\x1c\n\tretryable\x18\x02 \x01(\x08R\tretryable\"=\n\x07Stopped\x12\x12\n\x04step\x18\x01 \x01(\x03R\x04step\x12\x1e\n\ncheckpoint\x18\x02 \x01(\tR\ncheckpoint\"\xbb\x01\n\rDatasetReport\x12\x31\n\x06\x66ormat\x18\x01 \x01(\x0e\x32\x19.luthier.v1.DatasetFormatR\x06\x66ormat\x12\x12\n\x04rows\x18\x02 \x01(\x03R\x04rows\x12>\n\x08\x66indings\x18\x03 \x03(\x0b\x32\".luthier.trainer.v1.DatasetFindingR\x08\x66indings\x12#\n\rfinding_count\x18\x04 \x01(\x03R\x0c\x66indingCount\"R\n\x0e\x44\x61tasetFinding\x12\x12\n\x04line\x18\x01 \x01(\x03R\x04line\x12\x12\n\x04\x63ode\x18\x02 \x01(\tR\x04\x63ode\x12\x18\n\x07message\x18\x03 \x01(\tR\x07message\"\x80\x02\n\x0bModelReport\x12\x14\n\x05\x66ound\x18\x01 \x01(\x08R\x05\x66ound\x12\x18\n\x07problem\x18\x02 \x01(\tR\x07problem\x12\x1c\n\tdirectory\x18\x03 \x01(\tR\tdirectory\x12\x1f\n\x0b\x61\x64\x61pter_dir\x18\x04 \x01(\tR\nadapterDir\x12\x15\n\x06is_hub\x18\x05 \x01(\x08R\x05isHub\x12!\n\x0cmodule_names\x18\x06 \x03(\tR\x0bmoduleNames\x12#\n\rmax_positions\x18\x07 \x01(\x03R\x0cmaxPositions\x12#\n\rbase_location\x18\x08 \x01(\tR\x0c\x62\x61seLocationb\x06proto3')
+DESCRIPTOR = _descriptor_pool.Default().AddSerializedFile(b'\n\x1fluthier/trainer/v1/report.proto\x12\x12luthier.trainer.v1\x1a\x1fgoogle/protobuf/timestamp.proto\x1a\x16luthier/v1/event.proto\x1a\x14luthier/v1/job.proto\"\xc4\x07\n\rTrainerReport\x12\x1a\n\x08sequence\x18\x01 \x01(\x03R\x08sequence\x12.\n\x04time\x18\x02 \x01(\x0b\x32\x1a.google.protobuf.TimestampR\x04time\x12\x37\n\x07started\x18\n \x01(\x0b\x32\x1b.luthier.trainer.v1.StartedH\x00R\x07started\x12?\n\rplan_resolved\x18\x0b \x01(\x0b\x32\x18.luthier.v1.PlanResolvedH\x00R\x0cplanResolved\x12H\n\x10phase_progressed\x18\x0c \x01(\x0b\x32\x1b.luthier.v1.PhaseProgressedH\x00R\x0fphaseProgressed\x12\x42\n\x0estep_completed\x18\r \x01(\x0b\x32\x19.luthier.v1.StepCompletedH\x00R\rstepCompleted\x12T\n\x14\x65valuation_completed\x18\x0e \x01(\x0b\x32\x1f.luthier.v1.EvaluationCompletedH\x00R\x13\x65valuationCompleted\x12K\n\x11samples_generated\x18\x0f \x01(\x0b\x32\x1c.luthier.v1.SamplesGeneratedH\x00R\x10samplesGenerated\x12H\n\x10\x63heckpoint_saved\x18\x10 \x01(\x0b\x32\x1b.luthier.v1.CheckpointSavedH\x00R\x0f\x63heckpointSaved\x12\x39\n\x0blog_emitted\x18\x11 \x01(\x0b\x32\x16.luthier.v1.LogEmittedH\x00R\nlogEmitted\x12=\n\theartbeat\x18\x12 \x01(\x0b\x32\x1d.luthier.trainer.v1.HeartbeatH\x00R\theartbeat\x12:\n\x08\x66inished\x18\x13 \x01(\x0b\x32\x1c.luthier.trainer.v1.FinishedH\x00R\x08\x66inished\x12\x34\n\x06\x66\x61iled\x18\x14 \x01(\x0b\x32\x1a.luthier.trainer.v1.FailedH\x00R\x06\x66\x61iled\x12\x37\n\x07stopped\x18\x15 \x01(\x0b\x32\x1b.luthier.trainer.v1.StoppedH\x00R\x07stopped\x12\x42\n\x0eresume_checked\x18\x16 \x01(\x0b\x32\x19.luthier.v1.ResumeCheckedH\x00R\rresumeCheckedB\t\n\x07payload\"g\n\x07Started\x12\x10\n\x03pid\x18\x01 \x01(\x03R\x03pid\x12*\n\x11resumed_from_step\x18\x02 \x01(\x03R\x0fresumedFromStep\x12\x1e\n\ncheckpoint\x18\x03 \x01(\tR\ncheckpoint\"\x0b\n\tHeartbeat\"\xbe\x01\n\x08\x46inished\x12\x12\n\x04step\x18\x01 \x01(\x03R\x04step\x12\x1d\n\nsize_bytes\x18\x02 \x01(\x03R\tsizeBytes\x12\x43\n\x07metrics\x18\x03 \x03(\x0b\x32).luthier.trainer.v1.Finished.MetricsEntryR\x07metrics\x1a:\n\x0cMetricsEntry\x12\x10\n\x03key\x18\x01 \x01(\tR\x03key\x12\x14\n\x05value\x18\x02 \x01(\x01R\x05value:\x02\x38\x01\"R\n\x06\x46\x61iled\x12*\n\x05\x65rror\x18\x01 \x01(\x0b\x32\x14.luthier.v1.JobErrorR\x05\x65rror\x12\x1c\n\tretryable\x18\x02 \x01(\x08R\tretryable\"=\n\x07Stopped\x12\x12\n\x04step\x18\x01 \x01(\x03R\x04step\x12\x1e\n\ncheckpoint\x18\x02 \x01(\tR\ncheckpoint\"\x80\x02\n\x0bModelReport\x12\x14\n\x05\x66ound\x18\x01 \x01(\x08R\x05\x66ound\x12\x18\n\x07problem\x18\x02 \x01(\tR\x07problem\x12\x1c\n\tdirectory\x18\x03 \x01(\tR\tdirectory\x12\x1f\n\x0b\x61\x64\x61pter_dir\x18\x04 \x01(\tR\nadapterDir\x12\x15\n\x06is_hub\x18\x05 \x01(\x08R\x05isHub\x12!\n\x0cmodule_names\x18\x06 \x03(\tR\x0bmoduleNames\x12#\n\rmax_positions\x18\x07 \x01(\x03R\x0cmaxPositions\x12#\n\rbase_location\x18\x08 \x01(\tR\x0c\x62\x61seLocationb\x06proto3')
 
 _globals = globals()
 _builder.BuildMessageAndEnumDescriptors(DESCRIPTOR, _globals)
@@ -37,24 +36,20 @@ if not _descriptor._USE_C_DESCRIPTORS:
   DESCRIPTOR._loaded_options = None
   _globals['_FINISHED_METRICSENTRY']._loaded_options = None
   _globals['_FINISHED_METRICSENTRY']._serialized_options = b'8\001'
-  _globals['_TRAINERREPORT']._serialized_start=161
-  _globals['_TRAINERREPORT']._serialized_end=1125
-  _globals['_STARTED']._serialized_start=1127
-  _globals['_STARTED']._serialized_end=1230
-  _globals['_HEARTBEAT']._serialized_start=1232
-  _globals['_HEARTBEAT']._serialized_end=1243
-  _globals['_FINISHED']._serialized_start=1246
-  _globals['_FINISHED']._serialized_end=1436
-  _globals['_FINISHED_METRICSENTRY']._serialized_start=1378
-  _globals['_FINISHED_METRICSENTRY']._serialized_end=1436
-  _globals['_FAILED']._serialized_start=1438
-  _globals['_FAILED']._serialized_end=1520
-  _globals['_STOPPED']._serialized_start=1522
-  _globals['_STOPPED']._serialized_end=1583
-  _globals['_DATASETREPORT']._serialized_start=1586
-  _globals['_DATASETREPORT']._serialized_end=1773
-  _globals['_DATASETFINDING']._serialized_start=1775
-  _globals['_DATASETFINDING']._serialized_end=1857
-  _globals['_MODELREPORT']._serialized_start=1860
-  _globals['_MODELREPORT']._serialized_end=2116
+  _globals['_TRAINERREPORT']._serialized_start=135
+  _globals['_TRAINERREPORT']._serialized_end=1099
+  _globals['_STARTED']._serialized_start=1101
+  _globals['_STARTED']._serialized_end=1204
+  _globals['_HEARTBEAT']._serialized_start=1206
+  _globals['_HEARTBEAT']._serialized_end=1217
+  _globals['_FINISHED']._serialized_start=1220
+  _globals['_FINISHED']._serialized_end=1410
+  _globals['_FINISHED_METRICSENTRY']._serialized_start=1352
+  _globals['_FINISHED_METRICSENTRY']._serialized_end=1410
+  _globals['_FAILED']._serialized_start=1412
+  _globals['_FAILED']._serialized_end=1494
+  _globals['_STOPPED']._serialized_start=1496
+  _globals['_STOPPED']._serialized_end=1557
+  _globals['_MODELREPORT']._serialized_start=1560
+  _globals['_MODELREPORT']._serialized_end=1816
 # @@protoc_insertion_point(module_scope)

@@ -9,7 +9,6 @@ import google.protobuf.descriptor
 import google.protobuf.internal.containers
 import google.protobuf.message
 import google.protobuf.timestamp_pb2
-import luthier.v1.dataset_pb2
 import luthier.v1.event_pb2
 import luthier.v1.job_pb2
 import sys
@@ -254,64 +253,6 @@ class Stopped(google.protobuf.message.Message):
     def ClearField(self, field_name: typing.Literal["checkpoint", b"checkpoint", "step", b"step"]) -> None: ...
 
 Global___Stopped: typing_extensions.TypeAlias = Stopped
-
-@typing.final
-class DatasetReport(google.protobuf.message.Message):
-    """What the structural check of a dataset file found: standard output of `luthier_trainer.data.check`."""
-
-    DESCRIPTOR: google.protobuf.descriptor.Descriptor
-
-    FORMAT_FIELD_NUMBER: builtins.int
-    ROWS_FIELD_NUMBER: builtins.int
-    FINDINGS_FIELD_NUMBER: builtins.int
-    FINDING_COUNT_FIELD_NUMBER: builtins.int
-    format: luthier.v1.dataset_pb2.DatasetFormat.ValueType
-    """How the rows look; unspecified when that cannot be told."""
-    rows: builtins.int
-    """Rows."""
-    finding_count: builtins.int
-    """How many lines are wrong in all."""
-    @property
-    def findings(self) -> google.protobuf.internal.containers.RepeatedCompositeFieldContainer[Global___DatasetFinding]:
-        """What is wrong, at most 100 entries, in the order of the file."""
-
-    def __init__(
-        self,
-        *,
-        format: luthier.v1.dataset_pb2.DatasetFormat.ValueType = ...,
-        rows: builtins.int = ...,
-        findings: collections.abc.Iterable[Global___DatasetFinding] | None = ...,
-        finding_count: builtins.int = ...,
-    ) -> None: ...
-    def ClearField(self, field_name: typing.Literal["finding_count", b"finding_count", "findings", b"findings", "format", b"format", "rows", b"rows"]) -> None: ...
-
-Global___DatasetReport: typing_extensions.TypeAlias = DatasetReport
-
-@typing.final
-class DatasetFinding(google.protobuf.message.Message):
-    """One thing wrong with a dataset file."""
-
-    DESCRIPTOR: google.protobuf.descriptor.Descriptor
-
-    LINE_FIELD_NUMBER: builtins.int
-    CODE_FIELD_NUMBER: builtins.int
-    MESSAGE_FIELD_NUMBER: builtins.int
-    line: builtins.int
-    """Line from 1 in JSONL, element from 1 in a JSON array; 0 for the whole file."""
-    code: builtins.str
-    """A stable name, such as NOT_JSON or NO_ASSISTANT_TURN."""
-    message: builtins.str
-    """What is wrong, in a sentence."""
-    def __init__(
-        self,
-        *,
-        line: builtins.int = ...,
-        code: builtins.str = ...,
-        message: builtins.str = ...,
-    ) -> None: ...
-    def ClearField(self, field_name: typing.Literal["code", b"code", "line", b"line", "message", b"message"]) -> None: ...
-
-Global___DatasetFinding: typing_extensions.TypeAlias = DatasetFinding
 
 @typing.final
 class ModelReport(google.protobuf.message.Message):

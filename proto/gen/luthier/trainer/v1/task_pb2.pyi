@@ -10,6 +10,8 @@ import google.protobuf.internal.containers
 import google.protobuf.internal.enum_type_wrapper
 import google.protobuf.message
 import google.protobuf.timestamp_pb2
+import luthier.v1.dataset_pb2
+import luthier.v1.datasets_pb2
 import luthier.v1.job_pb2
 import sys
 import typing
@@ -73,6 +75,9 @@ class TrainerTask(google.protobuf.message.Message):
     COMPUTED_TOKENS_FIELD_NUMBER: builtins.int
     PUPPET_FIELD_NUMBER: builtins.int
     RESUME_FALLBACKS_FIELD_NUMBER: builtins.int
+    CACHE_MAX_BYTES_FIELD_NUMBER: builtins.int
+    PREVIEW_FIELD_NUMBER: builtins.int
+    CHECK_FIELD_NUMBER: builtins.int
     job_id: builtins.str
     """The job."""
     attempt: builtins.int
@@ -95,6 +100,8 @@ class TrainerTask(google.protobuf.message.Message):
     """The model id the finished model will have."""
     computed_tokens: builtins.int
     """Tokens computed by earlier attempts."""
+    cache_max_bytes: builtins.int
+    """Bytes that the cache may take; 0 for no limit."""
     @property
     def spec(self) -> luthier.v1.job_pb2.JobSpec:
         """The spec with every default filled in."""
@@ -123,6 +130,14 @@ class TrainerTask(google.protobuf.message.Message):
     def resume_fallbacks(self) -> google.protobuf.internal.containers.RepeatedScalarFieldContainer[builtins.str]:
         """Checkpoint directories to try in this order when resume_from is damaged."""
 
+    @property
+    def preview(self) -> Global___PreviewWork:
+        """Show rows as the base model will see them."""
+
+    @property
+    def check(self) -> Global___CheckWork:
+        """Tokenise the datasets into the cache and report on them."""
+
     def __init__(
         self,
         *,
@@ -144,11 +159,85 @@ class TrainerTask(google.protobuf.message.Message):
         computed_tokens: builtins.int = ...,
         puppet: Global___Puppet | None = ...,
         resume_fallbacks: collections.abc.Iterable[builtins.str] | None = ...,
+        cache_max_bytes: builtins.int = ...,
+        preview: Global___PreviewWork | None = ...,
+        check: Global___CheckWork | None = ...,
     ) -> None: ...
-    def HasField(self, field_name: typing.Literal["base_model", b"base_model", "puppet", b"puppet", "spec", b"spec", "training_dataset", b"training_dataset", "validation_dataset", b"validation_dataset"]) -> builtins.bool: ...
-    def ClearField(self, field_name: typing.Literal["attempt", b"attempt", "base_model", b"base_model", "cache_dir", b"cache_dir", "checkpoints_dir", b"checkpoints_dir", "computed_tokens", b"computed_tokens", "cuda_devices", b"cuda_devices", "heartbeat_seconds", b"heartbeat_seconds", "job_id", b"job_id", "model_dir", b"model_dir", "model_id", b"model_id", "puppet", b"puppet", "resume_fallbacks", b"resume_fallbacks", "resume_from", b"resume_from", "spec", b"spec", "threads", b"threads", "training_dataset", b"training_dataset", "validation_dataset", b"validation_dataset", "wake_socket", b"wake_socket"]) -> None: ...
+    def HasField(self, field_name: typing.Literal["base_model", b"base_model", "check", b"check", "preview", b"preview", "puppet", b"puppet", "spec", b"spec", "training_dataset", b"training_dataset", "validation_dataset", b"validation_dataset", "work", b"work"]) -> builtins.bool: ...
+    def ClearField(self, field_name: typing.Literal["attempt", b"attempt", "base_model", b"base_model", "cache_dir", b"cache_dir", "cache_max_bytes", b"cache_max_bytes", "check", b"check", "checkpoints_dir", b"checkpoints_dir", "computed_tokens", b"computed_tokens", "cuda_devices", b"cuda_devices", "heartbeat_seconds", b"heartbeat_seconds", "job_id", b"job_id", "model_dir", b"model_dir", "model_id", b"model_id", "preview", b"preview", "puppet", b"puppet", "resume_fallbacks", b"resume_fallbacks", "resume_from", b"resume_from", "spec", b"spec", "threads", b"threads", "training_dataset", b"training_dataset", "validation_dataset", b"validation_dataset", "wake_socket", b"wake_socket", "work", b"work"]) -> None: ...
+    def WhichOneof(self, oneof_group: typing.Literal["work", b"work"]) -> typing.Literal["preview", "check"] | None: ...
 
 Global___TrainerTask: typing_extensions.TypeAlias = TrainerTask
+
+@typing.final
+class PreviewWork(google.protobuf.message.Message):
+    """Show rows of the training dataset as the base model will see them."""
+
+    DESCRIPTOR: google.protobuf.descriptor.Descriptor
+
+    COUNT_FIELD_NUMBER: builtins.int
+    LINES_FIELD_NUMBER: builtins.int
+    count: builtins.int
+    """How many rows, from the first."""
+    @property
+    def lines(self) -> google.protobuf.internal.containers.RepeatedScalarFieldContainer[builtins.int]:
+        """These lines in place of the first rows."""
+
+    def __init__(
+        self,
+        *,
+        count: builtins.int = ...,
+        lines: collections.abc.Iterable[builtins.int] | None = ...,
+    ) -> None: ...
+    def ClearField(self, field_name: typing.Literal["count", b"count", "lines", b"lines"]) -> None: ...
+
+Global___PreviewWork: typing_extensions.TypeAlias = PreviewWork
+
+@typing.final
+class CheckWork(google.protobuf.message.Message):
+    """Tokenise the datasets into the cache and report on them."""
+
+    DESCRIPTOR: google.protobuf.descriptor.Descriptor
+
+    def __init__(
+        self,
+    ) -> None: ...
+
+Global___CheckWork: typing_extensions.TypeAlias = CheckWork
+
+@typing.final
+class DataAnswer(google.protobuf.message.Message):
+    """What work on datasets gives: the file `answer` of its directory."""
+
+    DESCRIPTOR: google.protobuf.descriptor.Descriptor
+
+    PREVIEW_FIELD_NUMBER: builtins.int
+    CHECK_FIELD_NUMBER: builtins.int
+    ERROR_FIELD_NUMBER: builtins.int
+    @property
+    def preview(self) -> luthier.v1.datasets_pb2.PreviewDatasetResponse:
+        """Of PreviewWork."""
+
+    @property
+    def check(self) -> luthier.v1.datasets_pb2.TokenReports:
+        """Of CheckWork."""
+
+    @property
+    def error(self) -> luthier.v1.job_pb2.JobError:
+        """Why there is no result."""
+
+    def __init__(
+        self,
+        *,
+        preview: luthier.v1.datasets_pb2.PreviewDatasetResponse | None = ...,
+        check: luthier.v1.datasets_pb2.TokenReports | None = ...,
+        error: luthier.v1.job_pb2.JobError | None = ...,
+    ) -> None: ...
+    def HasField(self, field_name: typing.Literal["answer", b"answer", "check", b"check", "error", b"error", "preview", b"preview"]) -> builtins.bool: ...
+    def ClearField(self, field_name: typing.Literal["answer", b"answer", "check", b"check", "error", b"error", "preview", b"preview"]) -> None: ...
+    def WhichOneof(self, oneof_group: typing.Literal["answer", b"answer"]) -> typing.Literal["preview", "check", "error"] | None: ...
+
+Global___DataAnswer: typing_extensions.TypeAlias = DataAnswer
 
 @typing.final
 class BaseModelSource(google.protobuf.message.Message):
@@ -191,6 +280,7 @@ class DatasetSource(google.protobuf.message.Message):
     NAME_FIELD_NUMBER: builtins.int
     SHA256_FIELD_NUMBER: builtins.int
     ROWS_FIELD_NUMBER: builtins.int
+    READING_FIELD_NUMBER: builtins.int
     path: builtins.str
     """The file."""
     id: builtins.str
@@ -201,6 +291,10 @@ class DatasetSource(google.protobuf.message.Message):
     """SHA-256 of the bytes, hexadecimal."""
     rows: builtins.int
     """Rows."""
+    @property
+    def reading(self) -> luthier.v1.dataset_pb2.DatasetReading:
+        """How the file is read."""
+
     def __init__(
         self,
         *,
@@ -209,8 +303,10 @@ class DatasetSource(google.protobuf.message.Message):
         name: builtins.str = ...,
         sha256: builtins.str = ...,
         rows: builtins.int = ...,
+        reading: luthier.v1.dataset_pb2.DatasetReading | None = ...,
     ) -> None: ...
-    def ClearField(self, field_name: typing.Literal["id", b"id", "name", b"name", "path", b"path", "rows", b"rows", "sha256", b"sha256"]) -> None: ...
+    def HasField(self, field_name: typing.Literal["reading", b"reading"]) -> builtins.bool: ...
+    def ClearField(self, field_name: typing.Literal["id", b"id", "name", b"name", "path", b"path", "reading", b"reading", "rows", b"rows", "sha256", b"sha256"]) -> None: ...
 
 Global___DatasetSource: typing_extensions.TypeAlias = DatasetSource
 
