@@ -6,7 +6,7 @@ PROTO_VENV := .venv-proto
 DISTS := proto server client trainer
 PIP := $(BIN)/python -m pip --quiet --disable-pip-version-check
 
-.PHONY: help setup setup-dev demo serve test check format bench fault proto dist clean
+.PHONY: help setup setup-dev demo serve test check format bench fault mutate proto dist clean
 
 help: ## show this help
 	@grep -hE '^[a-z-]+:.*##' $(MAKEFILE_LIST) | sed -E 's/:.*## /\t/' | expand -t 14
@@ -43,9 +43,13 @@ check: setup-dev ## format, lint, types, import rules, the contract and its gene
 format: setup-dev ## rewrite the code as `make check` wants it
 	@$(BIN)/ruff format . && $(BIN)/ruff check --fix . && $(BIN)/buf format -w --path proto/luthier
 
-N ?= 500
+fault: N ?= 500
 fault: setup-dev ## inject N server kills, and other faults in proportion; goes on where it was stopped
 	@cd tests && PATH="$(CURDIR)/$(BIN):$$PATH" ../$(BIN)/python -m fault $(N)
+
+mutate: N ?= 10000
+mutate: setup-dev ## throw N mutated files and templates at a server; goes on where it was stopped
+	@cd tests && PATH="$(CURDIR)/$(BIN):$$PATH" ../$(BIN)/python -m mutations $(N)
 
 bench: setup-dev ## measure against the peers and the limits; writes benchmarks/results
 	@$(BIN)/python -m benchmarks

@@ -8,12 +8,13 @@ from datetime import UTC, datetime
 from pathlib import Path
 from typing import Any
 
-from benchmarks import latency, machine, server, watch
+from benchmarks import datasets, latency, machine, server, watch
 from benchmarks.aims import Section
 from benchmarks.console import say, table
 from benchmarks.engine import section as engine
 
 _RESULTS = Path(__file__).parent / "results"
+_PARTS = ("server", "latency", "watch", "datasets", "engine")
 _LIMIT = 570.0
 """Seconds of a whole run; the engine's rounds, which come last, take what is left."""
 
@@ -21,7 +22,8 @@ _LIMIT = 570.0
 def main() -> None:
     """The command."""
     parser = argparse.ArgumentParser(prog="python -m benchmarks", description=__doc__)
-    parser.add_argument("--only", choices=("server", "latency", "watch", "engine"), action="append", help="this part")
+    parser.add_argument("--only", choices=_PARTS, action="append", help="this part")
+    parser.add_argument("--full", action="store_true", help="datasets of a million rows (1 GB): some minutes more")
     parser.add_argument("--quick", action="store_true", help="a minute or two; numbers are rough and not kept")
     parser.add_argument("--name", help="names the result: DATE-NAME.json (default: processor and cores)")
     parser.add_argument("--out", type=Path, default=_RESULTS, metavar="DIR", help="where the result goes")
@@ -30,6 +32,7 @@ def main() -> None:
         "server": lambda: server.measure(quick=chosen.quick),
         "latency": lambda: latency.measure(quick=chosen.quick),
         "watch": lambda: watch.measure(quick=chosen.quick),
+        "datasets": lambda: datasets.measure(quick=chosen.quick, full=chosen.full),
         "engine": lambda: engine.measure(quick=chosen.quick, seconds=_LIMIT - (time.perf_counter() - begin)),
     }
     started, begin = datetime.now(UTC), time.perf_counter()

@@ -7,7 +7,8 @@ from importlib import import_module
 from typing import TYPE_CHECKING, Any
 
 if TYPE_CHECKING:
-    from luthier_client.client import AsyncClient, Client
+    from luthier_client.async_client import AsyncClient
+    from luthier_client.client import Client
     from luthier_client.connection import ServerInfo
     from luthier_client.errors import (
         InvalidDataset,
@@ -52,7 +53,8 @@ __all__ = [
 ]
 
 _MODULES = {
-    "client": ("AsyncClient", "Client"),
+    "async_client": ("AsyncClient",),
+    "client": ("Client",),
     "connection": ("ServerInfo",),
     "errors": (
         "InvalidDataset",

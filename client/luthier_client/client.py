@@ -1,223 +1,45 @@
-"""Clients of luthierd: AsyncClient on grpc.aio, Client on grpc's synchronous stack. They offer the same."""
+"""The client of luthierd for code without an event loop, on grpc's synchronous stack. It offers the same."""
 
-import asyncio
 import os
 import time
-import uuid
-from collections.abc import AsyncIterator, Callable, Iterable, Iterator, Mapping
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from pathlib import Path
 from types import TracebackType
-from typing import Self, TypeAlias, cast
+from typing import Self
 
 import grpc
-import grpc.aio
 
 from luthier.v1.dataset_pb2 import Dataset
+from luthier.v1.dataset_report_pb2 import DatasetReport
 from luthier.v1.datasets_pb2 import (
     DeleteDatasetRequest,
     DeleteDatasetResponse,
+    DeriveDatasetRequest,
     GetDatasetRequest,
     GetDatasetResponse,
+    GetUploadRequest,
     ListDatasetsRequest,
+    PreviewDatasetResponse,
+    TokenReports,
     UploadDatasetResponse,
 )
-from luthier.v1.fine_tuning_pb2 import CreateJobRequest, GetJobRequest, ListJobsRequest
-from luthier.v1.job_pb2 import JobSpec, JobState
+from luthier.v1.fine_tuning_pb2 import GetJobRequest
+from luthier.v1.job_pb2 import JobSpec
 from luthier.v1.model_pb2 import Model
 from luthier.v1.models_pb2 import DownloadModelRequest, GetModelRequest, GetModelResponse, ListModelsRequest
-from luthier_client import enums
+from luthier_client import dataset_requests as requests
+from luthier_client import job_requests
 from luthier_client.access import Access
-from luthier_client.connection import AsyncConnection, Connection, ServerInfo, Tries
+from luthier_client.connection import Connection, ServerInfo, TransferReport, Tries
+from luthier_client.dataset_requests import TokenizationLike
 from luthier_client.download import Download
-from luthier_client.handle import AsyncJobHandle, JobHandle
-from luthier_client.upload import Progress, Source, open_upload
-
-State: TypeAlias = "JobState.ValueType | str"
-"""A job state: its number, or its name in lower case, such as `running`."""
-
-
-class AsyncClient:
-    """A client for one event loop.
-
-    async with AsyncClient() as client:
-        dataset = await client.upload_dataset("train.jsonl")
-        job = await client.create_job(spec)
-        async for event in job.watch():
-            ...
-
-    endpoint: HOST:PORT; default $LUTHIER_ENDPOINT, else 127.0.0.1:50051. timeout: seconds for a unary call with all its
-    tries; uploads, downloads and watches have none. Every method raises a LuthierError of `luthier_client.errors`.
-
-    token: what the server asks for; default $LUTHIER_TOKEN, else the one in the file $LUTHIER_TOKEN_FILE. tls: whether
-    to speak TLS; default: when the endpoint begins with https:// or there is a tls_ca. tls_ca: the authority that
-    signed the server's certificate, as PEM bytes or the path of a PEM file; default $LUTHIER_TLS_CA, else the public
-    ones. insecure: allow a token to go over the network in clear text. What cannot be used raises ValueError or
-    OSError.
-    """
-
-    def __init__(
-        self,
-        endpoint: str | None = None,
-        *,
-        timeout: float = 30.0,
-        token: str | None = None,
-        tls_ca: str | os.PathLike[str] | bytes | None = None,
-        tls: bool | None = None,
-        insecure: bool = False,
-    ) -> None:
-        access = Access.find(endpoint, token=token, tls_ca=tls_ca, tls=tls, insecure=insecure)
-        self._connection = AsyncConnection(access, timeout)
-
-    @property
-    def endpoint(self) -> str:
-        """Where the server is."""
-        return self._connection.endpoint
-
-    async def __aenter__(self) -> Self:
-        return self
-
-    async def __aexit__(
-        self, kind: type[BaseException] | None, error: BaseException | None, traceback: TracebackType | None
-    ) -> None:
-        await self.close()
-
-    async def close(self) -> None:
-        """Ends every call and closes the channel."""
-        await self._connection.close()
-
-    async def server_info(self) -> ServerInfo:
-        """Asks the server for its health and version. Raises Unavailable when nobody answers."""
-        return await self._connection.server_info()
-
-    async def create_job(
-        self, spec: JobSpec, *, request_id: str | None = None, validate_only: bool = False
-    ) -> AsyncJobHandle:
-        """Creates a job; with `validate_only` it only says what would be created.
-
-        `request_id` (a UUID, made here by default) makes this safe to send again: the same id gives the same job.
-        Raises InvalidSpec with every violation at once.
-        """
-        request = _create_request(spec, request_id, validate_only)
-        response = await self._connection.unary(self._connection.jobs.CreateJob, request)
-        return AsyncJobHandle(self._connection, response.job)
-
-    async def get_job(self, job_id: str) -> AsyncJobHandle:
-        """A job by its id. Raises NotFound."""
-        response = await self._connection.unary(self._connection.jobs.GetJob, GetJobRequest(job_id=job_id))
-        return AsyncJobHandle(self._connection, response.job)
-
-    async def list_jobs(
-        self,
-        *,
-        states: Iterable[State] = (),
-        labels: Mapping[str, str] | None = None,
-        id_prefix: str = "",
-        page_size: int = 0,
-    ) -> AsyncIterator[AsyncJobHandle]:
-        """Yields the jobs that fit, newest first, fetching page after page as they are taken."""
-        request = _list_jobs_request(states, labels, id_prefix, page_size)
-        while True:
-            response = await self._connection.unary(self._connection.jobs.ListJobs, request)
-            for job in response.jobs:
-                yield AsyncJobHandle(self._connection, job)
-            if not response.next_page_token:
-                return
-            request.page_token = response.next_page_token
-
-    async def upload_dataset(
-        self, source: Source, *, name: str | None = None, on_progress: Progress | None = None
-    ) -> Dataset:
-        """Uploads a file (its path), bytes, or rows (mappings, written as JSON lines).
-
-        Without a name a file gives its own; bytes and rows need one. The same bytes under the same name give the
-        version that is there already. Raises InvalidDataset with the lines that were refused.
-        """
-        return (await self.upload(source, name=name, on_progress=on_progress)).dataset
-
-    async def upload(
-        self, source: Source, *, name: str | None = None, on_progress: Progress | None = None
-    ) -> UploadDatasetResponse:
-        """As upload_dataset; the response also says whether a new version was made."""
-        upload = await asyncio.to_thread(open_upload, source, name)
-        try:
-            tries = Tries(None)
-            while True:
-                try:
-                    requests = upload.requests_async(on_progress)
-                    call = self._connection.datasets.UploadDataset(requests, metadata=self._connection.metadata)
-                    response: UploadDatasetResponse = await call
-                    return response
-                except grpc.aio.AioRpcError as failed:
-                    pause = tries.pause_after(self._connection.error(failed))
-                await asyncio.sleep(pause)
-        finally:
-            upload.close()
-
-    async def get_dataset(self, dataset: str) -> Dataset:
-        """A dataset by `ds_...`, `name` (its newest version) or `name@3`. Raises NotFound."""
-        request = GetDatasetRequest(dataset=dataset)
-        response: GetDatasetResponse = await self._connection.unary(self._connection.datasets.GetDataset, request)
-        return response.dataset
-
-    async def list_datasets(self, *, name: str = "", page_size: int = 0) -> AsyncIterator[Dataset]:
-        """Yields the datasets, newest first; with `name` only its versions."""
-        request = ListDatasetsRequest(name=name, page_size=page_size)
-        while True:
-            response = await self._connection.unary(self._connection.datasets.ListDatasets, request)
-            for dataset in response.datasets:
-                yield dataset
-            if not response.next_page_token:
-                return
-            request.page_token = response.next_page_token
-
-    async def delete_dataset(self, dataset: str) -> Dataset:
-        """Deletes one version (`ds_...` or `name@3`). Raises FailedPrecondition while a job needs it."""
-        request = DeleteDatasetRequest(dataset=dataset)
-        response: DeleteDatasetResponse = await self._connection.unary(self._connection.datasets.DeleteDataset, request)
-        return response.dataset
-
-    async def get_model(self, model_id: str) -> Model:
-        """A model by its id. Raises NotFound."""
-        request = GetModelRequest(model_id=model_id)
-        response: GetModelResponse = await self._connection.unary(self._connection.models.GetModel, request)
-        return response.model
-
-    async def list_models(self, *, id_prefix: str = "", page_size: int = 0) -> AsyncIterator[Model]:
-        """Yields the models, newest first."""
-        request = ListModelsRequest(id_prefix=id_prefix, page_size=page_size)
-        while True:
-            response = await self._connection.unary(self._connection.models.ListModels, request)
-            for model in response.models:
-                yield model
-            if not response.next_page_token:
-                return
-            request.page_token = response.next_page_token
-
-    async def download_model(
-        self, model_id: str, directory: str | os.PathLike[str], *, on_progress: Callable[[int, int], None] | None = None
-    ) -> Path:
-        """Downloads a model, or a checkpoint (`job_...:step-200`), into a directory that is not there yet or empty.
-
-        It appears whole, each file checked by size and SHA-256, or not at all. Raises FileExistsError, DownloadDamaged.
-        """
-        tries = Tries(None)
-        while True:
-            request = DownloadModelRequest(model_id=model_id)
-            call = self._connection.models.DownloadModel(request, metadata=self._connection.metadata)
-            try:
-                with Download(Path(directory), on_progress) as download:
-                    async for response in call:
-                        download.accept(response)
-                    return download.finish()
-            except grpc.aio.AioRpcError as failed:
-                pause = tries.pause_after(self._connection.error(failed))
-            finally:
-                call.cancel()
-            await asyncio.sleep(pause)
+from luthier_client.errors import LuthierError, Unimplemented
+from luthier_client.handle import JobHandle
+from luthier_client.upload import Persistence, Progress, Source, Upload, open_upload
 
 
 class Client:
-    """The same for code without an event loop; may be shared by threads.
+    """A client for code without an event loop; may be shared by threads. Parameters and errors are as AsyncClient's.
 
     with Client() as client:
         job = client.create_job(spec)
@@ -264,7 +86,7 @@ class Client:
         `request_id` (a UUID, made here by default) makes this safe to send again: the same id gives the same job.
         Raises InvalidSpec with every violation at once.
         """
-        request = _create_request(spec, request_id, validate_only)
+        request = job_requests.create_request(spec, request_id, validate_only)
         return JobHandle(self._connection, self._connection.unary(self._connection.jobs.CreateJob, request).job)
 
     def get_job(self, job_id: str) -> JobHandle:
@@ -275,13 +97,13 @@ class Client:
     def list_jobs(
         self,
         *,
-        states: Iterable[State] = (),
+        states: Iterable[job_requests.State] = (),
         labels: Mapping[str, str] | None = None,
         id_prefix: str = "",
         page_size: int = 0,
     ) -> Iterator[JobHandle]:
         """Yields the jobs that fit, newest first, fetching page after page as they are taken."""
-        request = _list_jobs_request(states, labels, id_prefix, page_size)
+        request = job_requests.list_request(states, labels, id_prefix, page_size)
         while True:
             response = self._connection.unary(self._connection.jobs.ListJobs, request)
             for job in response.jobs:
@@ -291,50 +113,220 @@ class Client:
             request.page_token = response.next_page_token
 
     def upload_dataset(
-        self, source: Source, *, name: str | None = None, on_progress: Progress | None = None
+        self,
+        source: Source,
+        *,
+        name: str | None = None,
+        file_format: str = "",
+        format: str = "",
+        columns: Mapping[str, str] | None = None,
+        images: str | os.PathLike[str] | None = None,
+        on_progress: Progress | None = None,
+        on_hashing: Progress | None = None,
     ) -> Dataset:
-        """Uploads a file (its path), bytes, or rows (mappings, written as JSON lines).
+        """Uploads a file or a folder (its path), bytes, or rows (mappings, written as JSON lines).
 
         Without a name a file gives its own; bytes and rows need one. The same bytes under the same name give the
-        version that is there already. Raises InvalidDataset with the lines that were refused.
+        version that is there already. What the server has of these bytes is not sent again, so an upload that broke off
+        goes on, here and when it is called anew. A folder, or a file with the folder of its `images`, is sent as one
+        zip. How the file is read is detected, or told by `file_format` (`csv`), `format` (`prompt_completion`) and
+        `columns` (from a format's field to the file's column). `on_progress` is told the bytes done and in all, from
+        where the upload goes on; `on_hashing` is told likewise while a file is hashed.
         `on_progress` is called from another thread.
+        Raises InvalidDataset with the lines that were refused, OSError, ValueError.
         """
-        return self.upload(source, name=name, on_progress=on_progress).dataset
+        response = self.upload(
+            source,
+            name=name,
+            file_format=file_format,
+            format=format,
+            columns=columns,
+            images=images,
+            on_progress=on_progress,
+            on_hashing=on_hashing,
+        )
+        return response.dataset
 
     def upload(
-        self, source: Source, *, name: str | None = None, on_progress: Progress | None = None
+        self,
+        source: Source,
+        *,
+        name: str | None = None,
+        file_format: str = "",
+        format: str = "",
+        columns: Mapping[str, str] | None = None,
+        images: str | os.PathLike[str] | None = None,
+        on_progress: Progress | None = None,
+        on_hashing: Progress | None = None,
     ) -> UploadDatasetResponse:
-        """As upload_dataset; the response also says whether a new version was made."""
-        upload = open_upload(source, name)
-        try:
-            tries = Tries(None)
-            while True:
-                try:
-                    requests = upload.requests(on_progress)
-                    response: UploadDatasetResponse
-                    response = self._connection.datasets.UploadDataset(requests, metadata=self._connection.metadata)
-                    return response
-                except grpc.RpcError as failed:
-                    pause = tries.pause_after(self._connection.error(failed))
-                time.sleep(pause)
-        finally:
-            upload.close()
+        """As upload_dataset; the response also has the report, and says whether a new version was made."""
+        reading = requests.reading_of(file_format, format, columns)
+        upload = open_upload(source, name, reading=reading, images=images, on_hashing=on_hashing)
+        return self._send(upload, on_progress)
+
+    def validate_dataset(
+        self,
+        source: Source,
+        *,
+        file_format: str = "",
+        format: str = "",
+        columns: Mapping[str, str] | None = None,
+        images: str | os.PathLike[str] | None = None,
+        on_progress: Progress | None = None,
+        on_hashing: Progress | None = None,
+    ) -> DatasetReport:
+        """Has the server check a dataset and keep nothing of it; takes what upload_dataset takes.
+
+        The report lists errors; they are not raised.
+        """
+        reading = requests.reading_of(file_format, format, columns)
+        upload = open_upload(source, reading=reading, images=images, validate_only=True, on_hashing=on_hashing)
+        return (self._send(upload, on_progress)).report
+
+    def import_dataset(
+        self,
+        name: str,
+        *,
+        url: str = "",
+        hub: str = "",
+        config: str = "",
+        split: str = "",
+        revision: str = "",
+        token_secret: str = "",
+        sha256: str = "",
+        file_format: str = "",
+        format: str = "",
+        columns: Mapping[str, str] | None = None,
+        on_progress: TransferReport | None = None,
+    ) -> Dataset:
+        """Has the server fetch a dataset: from a `url` (https, s3, gs, or file in a folder that the operator allows),
+        or from the Hugging Face Hub by its id there (`hub="openai/gsm8k"`, with `config`, `split` and `revision`).
+
+        `token_secret` names a secret that the operator configured. With `sha256` other bytes than these are refused.
+        `file_format`, `format` and `columns` are as in upload_dataset. Raises InvalidDataset and others.
+        """
+        request = requests.import_request(
+            name,
+            url=url,
+            hub=hub,
+            config=config,
+            split=split,
+            revision=revision,
+            token_secret=token_secret,
+            sha256=sha256,
+            reading=requests.reading_of(file_format, format, columns),
+        )
+        method = self._connection.datasets.ImportDataset
+        response = self._connection.result(method, request, "imported", on_progress)
+        imported: UploadDatasetResponse = response.imported
+        return imported.dataset
 
     def get_dataset(self, dataset: str) -> Dataset:
         """A dataset by `ds_...`, `name` (its newest version) or `name@3`. Raises NotFound."""
-        request = GetDatasetRequest(dataset=dataset)
-        response: GetDatasetResponse = self._connection.unary(self._connection.datasets.GetDataset, request)
-        return response.dataset
+        return (self.dataset_report(dataset)).dataset
 
-    def list_datasets(self, *, name: str = "", page_size: int = 0) -> Iterator[Dataset]:
+    def dataset_report(self, dataset: str) -> GetDatasetResponse:
+        """A dataset with what its check found, and what checks for base models found. Raises NotFound."""
+        request = GetDatasetRequest(dataset=dataset)
+        return self._connection.unary(self._connection.datasets.GetDataset, request)
+
+    def list_datasets(self, *, name: str = "", id_prefix: str = "", page_size: int = 0) -> Iterator[Dataset]:
         """Yields the datasets, newest first; with `name` only its versions."""
-        request = ListDatasetsRequest(name=name, page_size=page_size)
+        request = ListDatasetsRequest(name=name, id_prefix=id_prefix, page_size=page_size)
         while True:
             response = self._connection.unary(self._connection.datasets.ListDatasets, request)
             yield from response.datasets
             if not response.next_page_token:
                 return
             request.page_token = response.next_page_token
+
+    def preview_dataset(
+        self,
+        dataset: str,
+        *,
+        base_model: str = "",
+        base_model_revision: str = "",
+        tokenization: TokenizationLike | None = None,
+        max_length: int | None = None,
+        count: int = 0,
+        lines: Sequence[int] = (),
+        hub_token_secret: str = "",
+    ) -> PreviewDatasetResponse:
+        """Rows as the model will see them: the rendered template, the tokens, and which of them are trained.
+
+        Shows the first `count` rows (0: the server's default), or those at `lines`. Without a base model there are only
+        turns. `tokenization` is the message, or its fields as a job file has them: `{"train_on": "last_turn"}`. No
+        timeout holds: the server may have to fetch a tokenizer.
+        """
+        request = requests.preview_request(
+            dataset,
+            base_model=base_model,
+            base_model_revision=base_model_revision,
+            tokenization=tokenization,
+            max_length=max_length,
+            count=count,
+            lines=lines,
+            hub_token_secret=hub_token_secret,
+        )
+        return self._connection.unary(self._connection.datasets.PreviewDataset, request, limited=False)
+
+    def check_dataset(
+        self,
+        dataset: str,
+        base_model: str,
+        *,
+        base_model_revision: str = "",
+        tokenization: TokenizationLike | None = None,
+        max_length: int | None = None,
+        validation_dataset: str = "",
+        hub_token_secret: str = "",
+        on_progress: TransferReport | None = None,
+    ) -> TokenReports:
+        """Checks a dataset for a base model as a job on it would be: every row rendered, tokenised and masked.
+
+        With a validation dataset rows that are in both are found. The reports list errors; they are not raised.
+        """
+        request = requests.check_request(
+            dataset,
+            base_model=base_model,
+            base_model_revision=base_model_revision,
+            tokenization=tokenization,
+            max_length=max_length,
+            validation_dataset=validation_dataset,
+            hub_token_secret=hub_token_secret,
+        )
+        method = self._connection.datasets.CheckDataset
+        response = self._connection.result(method, request, "reports", on_progress)
+        reports: TokenReports = response.reports
+        return reports
+
+    def split_dataset(
+        self, dataset: str, *, validation: float, seed: int = 0, training_name: str = "", validation_name: str = ""
+    ) -> tuple[Dataset, Dataset]:
+        """Splits a dataset in two new ones, for training and for validation, which gets that share of the rows.
+
+        Equal rows fall on one side. The same seed gives the same split. Names default to `NAME-train` and
+        `NAME-validation`.
+        """
+        request = requests.split_request(
+            dataset,
+            validation=validation,
+            seed=seed,
+            training_name=training_name,
+            validation_name=validation_name,
+        )
+        training, held_out = self._derive(request)
+        return training, held_out
+
+    def sample_dataset(self, dataset: str, *, rows: int, seed: int = 0, name: str = "") -> Dataset:
+        """Makes a new dataset of so many rows, chosen by the seed, in their order; by default `NAME-sample`."""
+        (sample,) = self._derive(requests.sample_request(dataset, rows=rows, seed=seed, name=name))
+        return sample
+
+    def concatenate_datasets(self, datasets: Sequence[str], *, name: str) -> Dataset:
+        """Makes a new dataset of all rows of several, one after the other."""
+        (whole,) = self._derive(requests.concatenate_request(datasets, name=name))
+        return whole
 
     def delete_dataset(self, dataset: str) -> Dataset:
         """Deletes one version (`ds_...` or `name@3`). Raises FailedPrecondition while a job needs it."""
@@ -380,18 +372,26 @@ class Client:
                 call.cancel()
             time.sleep(pause)
 
+    def _send(self, upload: Upload, on_progress: Progress | None) -> UploadDatasetResponse:
+        """Sends what the server does not have yet, as often as there is hope, and closes the upload."""
+        persistence = Persistence()
+        request = GetUploadRequest(sha256=upload.sha256)
+        try:
+            while True:
+                try:
+                    try:
+                        there = self._connection.unary(self._connection.datasets.GetUpload, request)
+                        offset = min(there.received_bytes, upload.size_bytes)
+                    except Unimplemented:  # an older server takes whole files alone
+                        offset = 0
+                    persistence.met(offset)
+                    return self._connection.upload(upload.requests(offset, on_progress))
+                except LuthierError as error:
+                    pause = persistence.pause_after(error)
+                time.sleep(pause)
+        finally:
+            upload.close()
 
-def _create_request(spec: JobSpec, request_id: str | None, validate_only: bool) -> CreateJobRequest:
-    return CreateJobRequest(spec=spec, request_id=request_id or str(uuid.uuid4()), validate_only=validate_only)
-
-
-def _list_jobs_request(
-    states: Iterable[State], labels: Mapping[str, str] | None, id_prefix: str, page_size: int
-) -> ListJobsRequest:
-    numbers = [_state(state) for state in states]
-    return ListJobsRequest(states=numbers, labels=labels, id_prefix=id_prefix, page_size=page_size)
-
-
-def _state(state: State) -> JobState.ValueType:
-    number = enums.number(JobState.DESCRIPTOR, state) if isinstance(state, str) else state
-    return cast("JobState.ValueType", number)
+    def _derive(self, request: DeriveDatasetRequest) -> list[Dataset]:
+        method = self._connection.datasets.DeriveDataset
+        return list((self._connection.unary(method, request, limited=False)).datasets)

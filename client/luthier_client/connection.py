@@ -5,6 +5,7 @@ be repeated: reads, cancels and deletes by nature, CreateJob by its request_id.
 """
 
 import asyncio
+import contextlib
 import time
 from collections.abc import Awaitable, Callable, Iterator
 from dataclasses import dataclass
@@ -16,6 +17,7 @@ from google.protobuf.message import Message
 from google.protobuf.wrappers_pb2 import Int32Value
 
 from luthier.v1 import datasets_pb2_grpc, fine_tuning_pb2_grpc, models_pb2_grpc
+from luthier.v1.datasets_pb2 import TransferProgress, UploadDatasetRequest, UploadDatasetResponse
 from luthier_client import endpoint as endpoints
 from luthier_client import errors
 from luthier_client.access import Access
@@ -23,6 +25,8 @@ from luthier_client.backoff import Backoff
 from luthier_client.status import to_error
 
 R = TypeVar("R")
+TransferReport = Callable[[TransferProgress], None]
+"""Called with how far the server is: completed, total (0 when unknown) and the unit."""
 
 TRIES = 4
 _HEALTH = "/grpc.health.v1.Health/Check"
@@ -72,6 +76,7 @@ class AsyncConnection:
         self.metadata = access.metadata
         self._access = access
         self._channel: grpc.aio.Channel | None = None
+        self._synchronous: Connection | None = None
 
     @property
     def channel(self) -> grpc.aio.Channel:
@@ -105,14 +110,40 @@ class AsyncConnection:
         """The error that a failed call stands for."""
         return to_error(failed, self.endpoint, tls=self._access.tls)
 
-    async def unary(self, method: Callable[..., Awaitable[R]], request: Message) -> R:
-        """Calls a unary method. Raises a LuthierError."""
-        tries = Tries(self.timeout)
+    async def unary(self, method: Callable[..., Awaitable[R]], request: Message, *, limited: bool = True) -> R:
+        """Calls a unary method; one that is not limited waits as long as it takes. Raises a LuthierError."""
+        tries = Tries(self.timeout if limited else None)
         while True:
             try:
                 return await method(request, timeout=tries.remaining(), metadata=self.metadata)
             except grpc.aio.AioRpcError as failed:
                 pause = tries.pause_after(self.error(failed))
+            await asyncio.sleep(pause)
+
+    async def result(
+        self, method: Callable[..., Any], request: Message, part: str, on_progress: TransferReport | None
+    ) -> Any:
+        """Calls a method that streams its progress and ends with its result, the message that has this part.
+
+        There is no timeout. Raises a LuthierError.
+        """
+        tries = Tries(None)
+        while True:
+            call = method(request, metadata=self.metadata)
+            result = None
+            try:
+                async for response in call:
+                    if response.WhichOneof("part") == part:
+                        result = response
+                    elif on_progress is not None and response.HasField("progress"):
+                        on_progress(response.progress)
+                if result is not None:
+                    return result
+                pause = tries.pause_after(errors.Unavailable("the call ended without a result", reason="ENDED_EARLY"))
+            except grpc.aio.AioRpcError as failed:
+                pause = tries.pause_after(self.error(failed))
+            finally:
+                call.cancel()
             await asyncio.sleep(pause)
 
     async def server_info(self) -> ServerInfo:
@@ -124,8 +155,36 @@ class AsyncConnection:
         except grpc.aio.AioRpcError as failed:
             raise self.error(failed) from failed
 
+    async def upload(self, requests: Iterator[UploadDatasetRequest]) -> UploadDatasetResponse:
+        """Sends an upload, once, from another thread. Raises a LuthierError.
+
+        On the synchronous stack: grpc.aio forgets why a server ended a call when that comes in the middle of a write
+        (it says INTERNAL), and it would read the file in the event loop.
+        """
+        if self._synchronous is None:
+            self._synchronous = Connection(self._access, self.timeout)
+        connection, loop, ended = self._synchronous, asyncio.get_running_loop(), asyncio.Event()
+
+        def end(_: object) -> None:
+            with contextlib.suppress(RuntimeError):  # the loop is gone: nobody waits
+                loop.call_soon_threadsafe(ended.set)
+
+        call: Any = connection.datasets.UploadDataset
+        call = call.future(requests, metadata=self.metadata)
+        call.add_done_callback(end)
+        try:
+            await ended.wait()
+            response: UploadDatasetResponse = call.result()
+            return response
+        except grpc.RpcError as failed:
+            raise connection.error(failed) from failed
+        finally:
+            call.cancel()
+
     async def close(self) -> None:
         """Ends every call and closes the channel."""
+        if self._synchronous is not None:
+            self._synchronous.close()
         if self._channel is not None:
             await self._channel.close()
 
@@ -148,19 +207,53 @@ class Connection:
         self.datasets = datasets_pb2_grpc.DatasetsStub(self.channel)
         self.models = models_pb2_grpc.ModelsStub(self.channel)
 
+    def upload(self, requests: Iterator[UploadDatasetRequest]) -> UploadDatasetResponse:
+        """Sends an upload, once. Raises a LuthierError."""
+        try:
+            response: UploadDatasetResponse = self.datasets.UploadDataset(requests, metadata=self.metadata)
+            return response
+        except grpc.RpcError as failed:
+            raise self.error(failed) from failed
+
     def error(self, failed: grpc.RpcError) -> errors.LuthierError:
         """The error that a failed call stands for."""
         call: Any = failed  # what a stub raises is also a grpc.Call, which the class of the exception does not say
         return to_error(call, self.endpoint, tls=self._access.tls)
 
-    def unary(self, method: Callable[..., R], request: Message) -> R:
-        """Calls a unary method. Raises a LuthierError."""
-        tries = Tries(self.timeout)
+    def unary(self, method: Callable[..., R], request: Message, *, limited: bool = True) -> R:
+        """Calls a unary method; one that is not limited waits as long as it takes. Raises a LuthierError."""
+        tries = Tries(self.timeout if limited else None)
         while True:
             try:
                 return method(request, timeout=tries.remaining(), metadata=self.metadata)
             except grpc.RpcError as failed:
                 pause = tries.pause_after(self.error(failed))
+            time.sleep(pause)
+
+    def result(
+        self, method: Callable[..., Any], request: Message, part: str, on_progress: TransferReport | None
+    ) -> Any:
+        """Calls a method that streams its progress and ends with its result, the message that has this part.
+
+        There is no timeout. Raises a LuthierError.
+        """
+        tries = Tries(None)
+        while True:
+            call = method(request, metadata=self.metadata)
+            result = None
+            try:
+                for response in call:
+                    if response.WhichOneof("part") == part:
+                        result = response
+                    elif on_progress is not None and response.HasField("progress"):
+                        on_progress(response.progress)
+                if result is not None:
+                    return result
+                pause = tries.pause_after(errors.Unavailable("the call ended without a result", reason="ENDED_EARLY"))
+            except grpc.RpcError as failed:
+                pause = tries.pause_after(self.error(failed))
+            finally:
+                call.cancel()
             time.sleep(pause)
 
     def server_info(self) -> ServerInfo:

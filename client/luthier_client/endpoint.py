@@ -71,7 +71,8 @@ def unreachable(endpoint: str, details: str, *, tls: bool = False) -> str:
 def channel_options(endpoint: str) -> list[tuple[str, int]]:
     """gRPC's options: keepalive finds a dead peer in 40 s, and reconnecting is left to this library's own back-off."""
     options = [
-        ("grpc.max_receive_message_length", 16 * _MIB),
+        # Fifty previewed rows of two sequences, each with 8,192 tokens and its text.
+        ("grpc.max_receive_message_length", 64 * _MIB),
         ("grpc.keepalive_time_ms", 30_000),
         ("grpc.keepalive_timeout_ms", 10_000),
         # gRPC waits up to two minutes between its own attempts to connect; a watch wants to be back sooner.

@@ -23,8 +23,8 @@ def choices(enum: Any) -> list[str]:
 
 
 def number(enum: Any, text: str) -> int:
-    """The value of a short or full name, in any case. Raises ValueError that lists the names."""
-    name = text.strip().upper().removeprefix(prefix(enum))
+    """The value of a short or full name, in any case, with `-` for `_`. Raises ValueError that lists the names."""
+    name = text.strip().upper().replace("-", "_").removeprefix(prefix(enum))
     value = enum.values_by_name.get(prefix(enum) + name)
     if value is None or value.number == 0:
         raise ValueError(f"{text!r} is none of {', '.join(choices(enum))}")

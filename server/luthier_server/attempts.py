@@ -231,6 +231,8 @@ class Attempts:
                 size_bytes=outcome.finished.size_bytes,
                 metrics=dict(outcome.finished.metrics),
                 create_time=change.now,
+                training_dataset=task.training_dataset,
+                validation_dataset=task.validation_dataset,
             ),
         )
         if job.state == PREPARING:

@@ -1,35 +1,52 @@
-"""Datasets: uploaded once, checked before they are kept, immutable from then on."""
+"""Datasets: checked before they are kept, immutable from then on."""
 
 import asyncio
 import difflib
-import errno
-import hashlib
 import os
 import re
-import uuid
 from collections.abc import AsyncIterator, Callable
+from dataclasses import dataclass
 from pathlib import Path
 
-from luthier.trainer.v1.report_pb2 import DatasetReport
+from luthier.v1.dataset_pb2 import DatasetLineage
+from luthier.v1.dataset_report_pb2 import DatasetReport, FindingLevel, TokenReport
 from luthier.v1.datasets_pb2 import DatasetMetadata
 from luthier_server import spec as specs
 from luthier_server.errors import (
+    Aborted,
     DatasetInvalid,
-    Exhausted,
     FailedPrecondition,
     InvalidArgument,
     NotFound,
-    StorageFull,
     Violation,
 )
 from luthier_server.ids import Ids
 from luthier_server.store import datasets as rows
 from luthier_server.store.database import Database, Transaction
 from luthier_server.store.datasets import Dataset
-from luthier_server.workers import Workers
+from luthier_server.uploads import Received, Uploads
+from luthier_server.workers import WorkerDied, Workers
 
 _REFERENCE = re.compile(r"(?P<name>[a-z0-9][a-z0-9._-]{0,62})(@(?P<version>[1-9][0-9]{0,8}))?")
 _SHOWN = 25
+_LINES = 100
+
+
+@dataclass(frozen=True, slots=True)
+class Origin:
+    """Where a dataset came from: an import's source, or the datasets it was made of."""
+
+    source: str = ""
+    lineage: DatasetLineage | None = None
+
+
+@dataclass(frozen=True, slots=True)
+class Kept:
+    """A file that was checked. dataset: without an id when it was only to be checked; created: whether it is new."""
+
+    dataset: Dataset
+    created: bool
+    report: DatasetReport
 
 
 class Datasets:
@@ -39,26 +56,21 @@ class Datasets:
         self,
         database: Database,
         blobs: Path,
+        uploads: Uploads,
         workers: Workers,
         ids: Ids,
         *,
-        max_bytes: int,
         clock: Callable[[], int],
     ) -> None:
         self._database = database
         self._rows = rows.Datasets(database)
         self._blobs = blobs
+        self._uploads = uploads
         self._workers = workers
         self._ids = ids
-        self._max_bytes = max_bytes
         self._clock = clock
-        self._incoming = blobs / "incoming"
-
-    def prepare(self) -> None:
-        """Makes the folders, and clears what uploads left that a server's death broke off."""
-        self._incoming.mkdir(parents=True, exist_ok=True)
-        for leftover in self._incoming.iterdir():
-            leftover.unlink()
+        # A blob may have several rows: none is added between the look that it was the last and the blob's end.
+        self._files = asyncio.Lock()
 
     def blob(self, dataset: Dataset) -> Path:
         """The file that holds a dataset's bytes."""
@@ -77,61 +89,84 @@ class Datasets:
             raise NotFound("dataset", reference, hint)
         return dataset
 
-    async def page(self, tenant: str, *, below: str, limit: int, name: str) -> list[Dataset]:
+    async def page(self, tenant: str, *, below: str, limit: int, name: str, id_prefix: str) -> list[Dataset]:
         """Datasets newest first, with ids below `below` (empty: from the newest)."""
-        return await self._rows.page(tenant, below=below, limit=limit, name=name)
+        return await self._rows.page(tenant, below=below, limit=limit, name=name, id_prefix=id_prefix)
 
-    async def upload(
-        self, tenant: str, metadata: DatasetMetadata, chunks: AsyncIterator[bytes]
-    ) -> tuple[Dataset, bool]:
-        """Receives a file, checks it, keeps it. Returns the dataset and whether it is a new version.
+    async def report(self, dataset: Dataset) -> DatasetReport:
+        """What the structural check found; empty for a dataset of an older server."""
+        return await self._rows.report(dataset.id)
 
-        Raises InvalidArgument for a wrong hash or size, DatasetInvalid with the lines that are wrong, Exhausted for a
-        file over the limit, StorageFull. Nothing is kept of an upload that fails.
+    async def token_reports(self, dataset: Dataset) -> list[TokenReport]:
+        """What checks for base models found, newest first."""
+        return await self._rows.token_reports(dataset.id)
+
+    async def save_token_report(self, tenant: str, report: TokenReport) -> None:
+        """Keeps what a check for a base model found."""
+        now = self._clock()
+        await self._database.write(lambda transaction: rows.save_token_report(transaction, tenant, report, now))
+
+    async def received(self, tenant: str, sha256: str) -> int:
+        """How many bytes of a file are here: all, when a dataset of the tenant has it, or what an upload left."""
+        known = await self._rows.by_sha256(tenant, sha256)
+        return known.size_bytes if known is not None else self._uploads.received(sha256)
+
+    async def upload(self, tenant: str, metadata: DatasetMetadata, chunks: AsyncIterator[bytes]) -> Kept:
+        """Receives a file, checks it, keeps it.
+
+        Raises InvalidArgument for a wrong hash, size or offset, DatasetInvalid with the lines that are wrong, Exhausted
+        for a file over the limit, StorageFull. Nothing is kept of an upload that fails, but of one that breaks off,
+        when its hash was announced, what came of it.
         """
-        specs.refuse(specs.rule_violations(metadata, "metadata."))
-        aside = self._incoming / uuid.uuid4().hex
-        try:
-            sha256, size = await self._receive(aside, chunks)
-            _compare(metadata, sha256, size)
-            report = await self._workers.check_dataset(aside)
-            _refuse_findings(report)
-            now = self._clock()
-            dataset = Dataset(
-                id=self._ids.new("ds"),
-                tenant=tenant,
-                name=metadata.name,
-                version=0,
-                sha256=sha256,
-                size_bytes=size,
-                row_count=report.rows,
-                format=report.format,
-                create_time=now,
-            )
-            # The blob comes first: a row never names bytes that are not there.
-            await asyncio.to_thread(_keep, aside, self.blob(dataset))
-            return await self._database.write(lambda transaction: rows.insert(transaction, dataset))
-        except OSError as error:
-            if error.errno in (errno.ENOSPC, errno.EDQUOT, errno.EFBIG):
-                raise StorageFull() from error
-            raise
-        finally:
-            aside.unlink(missing_ok=True)
+        specs.refuse([*specs.rule_violations(metadata, "metadata."), *_offset_violations(metadata)])
+        known = await self._rows.by_sha256(tenant, metadata.sha256) if metadata.offset else None
+        if known is not None and metadata.offset == known.size_bytes and await anext(chunks, None) is None:
+            here = Received(self.blob(known), known.sha256, known.size_bytes)
+            return await self.keep(tenant, metadata, here)
+        async with self._uploads.receive(metadata, chunks) as received:
+            return await self.keep(tenant, metadata, received)
 
-    async def _receive(self, path: Path, chunks: AsyncIterator[bytes]) -> tuple[str, int]:
-        digest = hashlib.sha256()
-        size = 0
-        with await asyncio.to_thread(open, path, "wb") as file:
-            async for chunk in chunks:
-                size += len(chunk)
-                if size > self._max_bytes:
-                    raise Exhausted(
-                        f"the file has more than {self._max_bytes:,} bytes", subject="dataset size", reason="TOO_LARGE"
-                    )
-                await asyncio.to_thread(file.write, chunk)
-                digest.update(chunk)
-            await asyncio.to_thread(_sync, file.fileno(), file.flush)
-        return digest.hexdigest(), size
+    async def keep(
+        self, tenant: str, metadata: DatasetMetadata, received: Received, origin: Origin | None = None
+    ) -> Kept:
+        """Checks a file and makes a dataset of it; with `validate_only` it only checks. Raises DatasetInvalid."""
+        async with self._uploads.scratch() as scratch:
+            try:
+                report = await self._workers.check_dataset(received.path, metadata.reading, scratch)
+            except WorkerDied as died:
+                # A sound file does not do that, and trying again would do it again.
+                message = f"the file cannot be read: {died.message}; write it anew, as JSONL if it is not"
+                raise DatasetInvalid(message, [Violation("file", message)]) from died
+        if not metadata.validate_only:
+            _refuse_errors(report)
+        return await self.store(tenant, metadata, received, report, origin or Origin())
+
+    async def store(
+        self, tenant: str, metadata: DatasetMetadata, received: Received, report: DatasetReport, origin: Origin
+    ) -> Kept:
+        """Makes a dataset of a file that was checked."""
+        dataset = Dataset(
+            id="" if metadata.validate_only else self._ids.new("ds"),
+            tenant=tenant,
+            name=metadata.name,
+            version=0,
+            sha256=received.sha256,
+            size_bytes=received.size_bytes,
+            row_count=report.rows,
+            format=report.reading.format,
+            create_time=self._clock(),
+            reading=report.reading,
+            source=origin.source,
+            lineage=origin.lineage,
+            warnings=sum(each.count for each in report.counts if each.level != FindingLevel.FINDING_LEVEL_ERROR),
+        )
+        if metadata.validate_only:
+            return Kept(dataset, False, report)
+        async with self._files:
+            # The blob comes first: a row never names bytes that are not there.
+            await asyncio.to_thread(_move, received.path, self.blob(dataset))
+            stored, created = await self._database.write(lambda transaction: rows.insert(transaction, dataset, report))
+        return Kept(stored, created, report)
 
     async def delete(self, tenant: str, reference: str) -> Dataset:
         """Deletes one version, named exactly. Raises NotFound, FailedPrecondition while a job needs it."""
@@ -151,18 +186,18 @@ class Datasets:
                 )
             return await rows.delete(transaction, dataset)
 
-        if await self._database.write(work):
-            self.blob(dataset).unlink(missing_ok=True)
+        async with self._files:
+            if await self._database.write(work):
+                self.blob(dataset).unlink(missing_ok=True)
         return dataset
 
 
-def _sync(descriptor: int, flush: Callable[[], None]) -> None:
-    flush()
-    os.fsync(descriptor)
-
-
-def _keep(aside: Path, blob: Path) -> None:
-    os.replace(aside, blob)
+def _move(received: Path, blob: Path) -> None:
+    if received == blob:
+        if not blob.exists():
+            raise Aborted("the bytes were deleted meanwhile: send them again", reason="UPLOAD_OFFSET")
+        return
+    os.replace(received, blob)
     directory = os.open(blob.parent, os.O_RDONLY)
     try:
         os.fsync(directory)
@@ -170,35 +205,38 @@ def _keep(aside: Path, blob: Path) -> None:
         os.close(directory)
 
 
-def _compare(metadata: DatasetMetadata, sha256: str, size: int) -> None:
-    violations = []
-    if metadata.size_bytes and metadata.size_bytes != size:
-        violations.append(Violation("metadata.size_bytes", f"says {metadata.size_bytes}, but {size} bytes came"))
-    if metadata.sha256 and metadata.sha256 != sha256:
-        violations.append(Violation("metadata.sha256", f"says {metadata.sha256}, but the bytes have {sha256}"))
-    specs.refuse(violations)
+def _offset_violations(metadata: DatasetMetadata) -> list[Violation]:
+    if not metadata.offset:
+        return []
+    if not (metadata.sha256 and metadata.size_bytes):
+        return [Violation("metadata.offset", "needs sha256 and size_bytes: they tell which file goes on")]
+    if metadata.offset > metadata.size_bytes:
+        return [Violation("metadata.offset", f"lies beyond the file's {metadata.size_bytes} bytes")]
+    return []
 
 
-def _refuse_findings(report: DatasetReport) -> None:
+def _refuse_errors(report: DatasetReport) -> None:
     """Raises DatasetInvalid. Long trailers are lost, so the first findings come whole and up to 100 by their line."""
-    if not report.finding_count:
+    errors = [each for each in report.findings if each.level == FindingLevel.FINDING_LEVEL_ERROR]
+    if not errors:
         return
-    first = report.findings[0]
+    count = sum(each.count for each in report.counts if each.level == FindingLevel.FINDING_LEVEL_ERROR)
+    first = errors[0]
     where = f"line {first.line}: " if first.line else ""
-    more = f" (and {report.finding_count - 1:,} more)" if report.finding_count > 1 else ""
+    more = f" (and {count - 1:,} more)" if count > 1 else ""
     violations = []
     budget = 3000
-    for each in report.findings[:_SHOWN]:
-        description = f"{each.message[:200]} [{each.code}]"
+    for each in errors[:_SHOWN]:
+        description = f"{each.message[:200]} {each.fix[:120]}".strip() + f" [{each.code}]"
         budget -= len(description) + 16
         if budget < 0:
             break
         violations.append(Violation(f"line {each.line}" if each.line else "file", description))
     raise DatasetInvalid(
-        f"{where}{first.message[:300]}{more}",
+        f"{where}{first.message[:300]}{' ' + first.fix[:200] if first.fix else ''}{more}",
         violations,
         metadata={
-            "findings": str(report.finding_count),
-            "lines": ",".join(str(each.line) for each in report.findings if each.line),
+            "findings": str(count),
+            "lines": ",".join(str(each.line) for each in errors[:_LINES] if each.line),
         },
     )

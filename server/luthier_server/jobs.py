@@ -27,6 +27,7 @@ from luthier_server.job import (
     PAUSED,
     PAUSING,
     QUEUED,
+    VALIDATING,
     Job,
 )
 from luthier_server.registry import Registry
@@ -57,6 +58,7 @@ class Jobs:
         *,
         job_ids: Ids,
         max_queued: int,
+        validates: bool = True,
         clock: Callable[[], int] = microseconds,
     ) -> None:
         self._database = database
@@ -67,9 +69,11 @@ class Jobs:
         self._jobs_dir = jobs_dir
         self._job_ids = job_ids
         self._max_queued = max_queued
+        self._first_state = VALIDATING if validates else QUEUED
         self._clock = clock
         self._draining = False
         self.changed = asyncio.Event()
+        self.to_validate = asyncio.Event()
 
     def refuse_new(self) -> None:
         """The server is stopping: no job is created any more."""
@@ -107,12 +111,13 @@ class Jobs:
             end_time=0,
         )
         if validate_only:
-            return dataclasses.replace(job, state=QUEUED)
+            return dataclasses.replace(job, state=self._first_state)
         origin = await self._take_origin(job, source) if source else []
 
         async def work(transaction: Transaction) -> Job:
             [count] = await transaction.fetch(
-                "SELECT count(*) AS queued FROM jobs WHERE tenant = ? AND state = ?", (tenant, QUEUED)
+                "SELECT count(*) AS queued FROM jobs WHERE tenant = ? AND state IN (?, ?)",
+                (tenant, QUEUED, VALIDATING),
             )
             if count["queued"] >= self._max_queued:
                 raise Exhausted(
@@ -130,7 +135,11 @@ class Jobs:
                     raise NotFound("dataset", dataset_id)
                 await dataset_rows.hold(transaction, tenant, dataset_id, job.id)
             change = Change(job, now)
-            change.move(QUEUED, "SUBMITTED", "waits for a free slot")
+            if self._first_state == VALIDATING:
+                change.move(VALIDATING, "SUBMITTED", "its datasets are checked for its base model")
+                transaction.after_commit(self.to_validate.set)
+            else:
+                change.move(QUEUED, "SUBMITTED", "waits for a free slot")
             return await change.commit(transaction, self._hub, self.changed.set)
 
         try:
@@ -144,13 +153,14 @@ class Jobs:
 
     async def _resolve(self, tenant: str, spec: JobSpec) -> tuple[JobSpec, list[str]]:
         task = spec.fine_tune
-        violations: list[Violation] = []
         training = await self._datasets.find(tenant, task.training_dataset)
         found = [training]
+        violations = list(specs.format_violations("training_dataset", training.format))
         validation = None
         if task.validation_dataset:
             validation = await self._datasets.find(tenant, task.validation_dataset)
             found.append(validation)
+            violations += specs.format_violations("validation_dataset", validation.format)
         base = await self._registry.base(tenant, task.base_model)
         if task.WhichOneof("adaptation") != "full":
             violations += specs.module_violations(task.lora, base.module_names, task.base_model)
@@ -168,7 +178,9 @@ class Jobs:
         if task.validation_fraction and int(training.row_count * task.validation_fraction) >= training.row_count:
             violations.append(Violation("spec.fine_tune.validation_fraction", "leaves no row to train on"))
         specs.refuse(violations)
-        resolved = specs.resolved(spec, rows=training.row_count, max_positions=base.max_positions)
+        resolved = specs.resolved(
+            spec, rows=training.row_count, max_positions=base.max_positions, row_format=training.format
+        )
         resolved.fine_tune.training_dataset = training.id
         if validation is not None:
             resolved.fine_tune.validation_dataset = validation.id
@@ -222,6 +234,10 @@ class Jobs:
             tenant, below=below, limit=limit, states=states, labels=labels, id_prefix=id_prefix
         )
 
+    async def validating(self) -> list[Job]:
+        """The jobs that are being validated or wait for it, the next one first; at most 100."""
+        return await self._rows.validating()
+
     async def queue_positions(self, tenant: str) -> dict[str, int]:
         """Place in the queue, from 1, of every job that waits."""
         return {job_id: place for place, job_id in enumerate(await self._rows.queued_ids(tenant), start=1)}
@@ -265,7 +281,7 @@ class Jobs:
             else:
                 change.move(CANCELLED, "CANCEL_REQUESTED")
 
-        return await self._decide(tenant, job_id, decide)
+        return await self.decide(tenant, job_id, decide)
 
     async def pause(self, tenant: str, job_id: str) -> Job:
         """Asks a job to rest; one that no trainer works on is PAUSED at once.
@@ -280,13 +296,19 @@ class Jobs:
             _refuse_ended(change.job, "paused")
             if change.job.state == CANCELLING:
                 raise FailedPrecondition(f"job '{job_id}' is being cancelled", subject=job_id, reason="JOB_CANCELLING")
+            if change.job.state == VALIDATING:
+                raise FailedPrecondition(
+                    f"job '{job_id}' is being validated and holds no device: pause it once it is queued",
+                    subject=job_id,
+                    reason="JOB_VALIDATING",
+                )
             if change.job.state in ACTIVE:
                 change.move(PAUSING, "PAUSE_REQUESTED", "the trainer saves a checkpoint and leaves")
             else:
                 change.move(PAUSED, "PAUSE_REQUESTED")
                 change.set(pause_reason="PAUSE_REQUESTED")
 
-        return await self._decide(tenant, job_id, decide)
+        return await self.decide(tenant, job_id, decide)
 
     async def resume(self, tenant: str, job_id: str, reason: str = "RESUME_REQUESTED") -> Job:
         """Queues a paused job again. A job that waits or runs already stays as it is.
@@ -306,9 +328,11 @@ class Jobs:
                     reason="JOB_NOT_AT_REST",
                 )
 
-        return await self._decide(tenant, job_id, decide)
+        return await self.decide(tenant, job_id, decide)
 
-    async def _decide(self, tenant: str, job_id: str, decide: Callable[[Change], None]) -> Job:
+    async def decide(self, tenant: str, job_id: str, decide: Callable[[Change], None]) -> Job:
+        """Has `decide` change a job, in one transaction with the events of the change. Raises NotFound."""
+
         async def work(transaction: Transaction) -> Job:
             job = await rows.load(transaction, job_id)
             if job is None or job.tenant != tenant:
@@ -318,6 +342,8 @@ class Jobs:
             if change.job == job:
                 return job
             transaction.after_commit(self.changed.set)
+            if job.state == VALIDATING:
+                transaction.after_commit(self.to_validate.set)
             return await change.commit(transaction, self._hub, self.changed.set)
 
         return await self._database.write(work)

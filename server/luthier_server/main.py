@@ -19,16 +19,21 @@ from luthier.trainer.v1.task_pb2 import Puppet
 from luthier.v1 import datasets_pb2, fine_tuning_pb2, models_pb2
 from luthier_server import __version__, backup, doctor, failpoints, logs, settings
 from luthier_server.attempts import Attempts
+from luthier_server.checks import Checks
+from luthier_server.data_work import DataWork, WorkLimits
 from luthier_server.datasets import Datasets
+from luthier_server.derivations import Derivations
 from luthier_server.errors import LuthierError
 from luthier_server.executors.local import LocalExecutor, LocalSettings
 from luthier_server.grpc.certificate import Certificate, CertificateError
+from luthier_server.grpc.datasets import DatasetService
 from luthier_server.grpc.serve import AddressError, GrpcServer
-from luthier_server.grpc.service import DatasetService, FineTuning, ModelService
+from luthier_server.grpc.service import FineTuning, ModelService
 from luthier_server.grpc.tokens import TokenFileError, Tokens
 from luthier_server.grpc.watch import Watch, WatchLimits
 from luthier_server.hub import Hub
 from luthier_server.ids import Ids
+from luthier_server.imports import Allowed, Imports
 from luthier_server.jobs import Jobs, microseconds
 from luthier_server.pages import Pages
 from luthier_server.registry import Registry
@@ -40,6 +45,8 @@ from luthier_server.store.database import Database
 from luthier_server.store.events import Events
 from luthier_server.store.jobs import Jobs as JobRows
 from luthier_server.upkeep import Upkeep, UpkeepSettings
+from luthier_server.uploads import Uploads
+from luthier_server.validation import Validation
 from luthier_server.workers import Workers
 
 log = structlog.get_logger()
@@ -69,7 +76,7 @@ def _own(data_dir: Path) -> Iterator[None]:
 
 
 @contextlib.asynccontextmanager
-async def _wake_ups(path: Path, scheduler: Scheduler) -> AsyncIterator[None]:
+async def _wake_ups(path: Path, *woken: Scheduler | DataWork) -> AsyncIterator[None]:
     """Hears the datagrams with which trainers say that their spool has grown. All of them mean: look."""
     path.unlink(missing_ok=True)
     listener = socket.socket(socket.AF_UNIX, socket.SOCK_DGRAM | socket.SOCK_NONBLOCK)
@@ -81,7 +88,8 @@ async def _wake_ups(path: Path, scheduler: Scheduler) -> AsyncIterator[None]:
         with contextlib.suppress(BlockingIOError):
             while True:
                 listener.recv(64)
-        scheduler.wake()
+        for each in woken:
+            each.wake()
 
     loop.add_reader(listener, heard)
     try:
@@ -107,15 +115,10 @@ class Daemon:
         self.hub = Hub()
         self.wake_socket = socket_path(data_dir, "wake")
         workers = Workers(chosen.trainer_python)
-        datasets = Datasets(
-            database,
-            data_dir / "blobs",
-            workers,
-            Ids(last_ids[1]),
-            max_bytes=chosen.max_dataset_bytes,
-            clock=microseconds,
-        )
-        datasets.prepare()
+        uploads = Uploads(data_dir / "blobs" / "incoming", max_bytes=chosen.max_dataset_bytes)
+        uploads.prepare()
+        datasets = Datasets(database, data_dir / "blobs", uploads, workers, Ids(last_ids[1]), clock=microseconds)
+        secrets = Secrets(chosen.secrets_dir)
         registry = Registry(database, data_dir / "models", workers, chosen.model_root)
         self.jobs = Jobs(
             database,
@@ -125,6 +128,8 @@ class Daemon:
             data_dir / "jobs",
             job_ids=Ids(last_ids[0]),
             max_queued=chosen.max_queued,
+            # A puppet has no tokenizer to check anything with.
+            validates=not chosen.puppet,
         )
         self.executor = LocalExecutor(
             LocalSettings(
@@ -135,6 +140,18 @@ class Daemon:
                 end_host=chosen.stop_trainers,
             )
         )
+        self.data_work = DataWork(self.executor, data_dir / "work", str(self.wake_socket))
+        checks = Checks(
+            datasets,
+            registry,
+            JobRows(database),
+            self.data_work,
+            secrets,
+            data_dir / "cache",
+            cache_max_bytes=chosen.cache_bytes,
+            limits=WorkLimits(),
+        )
+        self.validation = Validation(self.jobs, checks)
         self.scheduler = Scheduler(
             SchedulerSettings(
                 data_dir=data_dir,
@@ -146,13 +163,14 @@ class Daemon:
                     cancel_grace=chosen.cancel_grace, stop_grace=chosen.stop_grace, silence=chosen.stall_timeout
                 ),
                 puppet=json_format.Parse(chosen.puppet, Puppet()) if chosen.puppet else None,
+                cache_max_bytes=chosen.cache_bytes,
             ),
             self.jobs,
             Attempts(database, self.hub, self.jobs, Ids(last_ids[2]), retry_seconds=chosen.retry_seconds),
             datasets,
             registry,
             self.executor,
-            Secrets(chosen.secrets_dir),
+            secrets,
         )
         self.upkeep = Upkeep(
             UpkeepSettings(data_dir, retention_days=chosen.retention_days, free_bytes=chosen.free_bytes),
@@ -164,11 +182,24 @@ class Daemon:
             slow_consumer=chosen.slow_consumer_seconds,
             watchers=chosen.max_watchers,
         )
+        allowed = Allowed(
+            hosts=chosen.import_host,
+            networks=chosen.import_network,
+            buckets=chosen.import_bucket,
+            roots=chosen.import_root,
+            max_bytes=chosen.max_dataset_bytes,
+        )
+        dataset_service = DatasetService(
+            datasets,
+            Imports(datasets, uploads, workers, secrets, allowed),
+            Derivations(datasets, uploads, workers),
+            checks,
+        )
         watch = Watch(self.jobs, self.hub, Pages(Events(database), history_id), limits)
         self.server = GrpcServer(
             {
                 fine_tuning_pb2.DESCRIPTOR.services_by_name["FineTuning"]: FineTuning(self.jobs, watch, history_id),
-                datasets_pb2.DESCRIPTOR.services_by_name["Datasets"]: DatasetService(datasets),
+                datasets_pb2.DESCRIPTOR.services_by_name["Datasets"]: dataset_service,
                 models_pb2.DESCRIPTOR.services_by_name["Models"]: ModelService(registry, self.jobs),
             },
             tokens=Tokens(chosen.token_file) if chosen.token_file else None,
@@ -201,8 +232,9 @@ async def _run(chosen: Settings) -> int:
     loop = asyncio.get_running_loop()
     for number in (signal.SIGINT, signal.SIGTERM):
         loop.add_signal_handler(number, stop.set)
-    async with _daemon(chosen) as daemon, _wake_ups(daemon.wake_socket, daemon.scheduler):
+    async with _daemon(chosen) as daemon, _wake_ups(daemon.wake_socket, daemon.scheduler, daemon.data_work):
         await daemon.executor.prepare()
+        await daemon.data_work.prepare()
         await daemon.scheduler.recover(await JobRows(daemon.database).open_attempts())
         await failpoints.reach("before_serving")
         port = await daemon.server.start(chosen.listen)
@@ -219,11 +251,14 @@ async def _run(chosen: Settings) -> int:
         )
         scheduling = asyncio.create_task(daemon.scheduler.run(), name="scheduler")
         upkeep = asyncio.create_task(daemon.upkeep.run(), name="upkeep")
+        validation = asyncio.create_task(daemon.validation.run(), name="validation")
         stopping = asyncio.create_task(stop.wait(), name="stop")
-        await asyncio.wait((scheduling, upkeep, stopping), return_when=asyncio.FIRST_COMPLETED)
-        broken = [part for part in (scheduling, upkeep) if part.done()]
+        await asyncio.wait((scheduling, upkeep, validation, stopping), return_when=asyncio.FIRST_COMPLETED)
+        broken = [part for part in (scheduling, upkeep, validation) if part.done()]
         for part in broken:
             log.error("a part of the server ended", part=part.get_name(), error=repr(part.exception()))
+        validation.cancel()
+        await asyncio.wait([validation])
         await _leave(daemon, scheduling, stop_trainers=chosen.stop_trainers)
         upkeep.cancel()
         stopping.cancel()

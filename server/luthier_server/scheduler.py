@@ -8,7 +8,7 @@ from pathlib import Path
 
 import structlog
 
-from luthier.trainer.v1.task_pb2 import BaseModelSource, ControlAction, DatasetSource, Puppet, TrainerTask
+from luthier.trainer.v1.task_pb2 import ControlAction, Puppet, TrainerTask
 from luthier_server.attempts import Attempts, Ending
 from luthier_server.datasets import Datasets
 from luthier_server.errors import InvalidArgument, LuthierError, NotFound, StorageFull, StoreBusy
@@ -18,8 +18,8 @@ from luthier_server.jobs import Jobs
 from luthier_server.registry import Registry
 from luthier_server.runner import Limits, Runner
 from luthier_server.secrets import Secrets
-from luthier_server.store.datasets import Dataset
 from luthier_server.store.jobs import Attempt
+from luthier_server.tasks import base_source, dataset_source
 
 log = structlog.get_logger()
 _RETRY_SECONDS = 1.0
@@ -41,6 +41,7 @@ class SchedulerSettings:
     wake_socket: str = ""
     limits: Limits = field(default_factory=Limits)
     puppet: Puppet | None = None
+    cache_max_bytes: int = 0
 
 
 class Scheduler:
@@ -189,16 +190,14 @@ class Scheduler:
             job_id=job.id,
             attempt=attempt.number,
             spec=job.resolved_spec,
-            base_model=BaseModelSource(
-                location=base.base_location or base.directory or spec.base_model,
-                is_hub=base.is_hub,
-                revision=spec.base_model_revision,
-                adapter_dir=base.adapter_dir,
+            base_model=base_source(base, spec.base_model, spec.base_model_revision),
+            training_dataset=dataset_source(
+                self._datasets, await self._datasets.find(job.tenant, spec.training_dataset)
             ),
-            training_dataset=self._source(await self._datasets.find(job.tenant, spec.training_dataset)),
             checkpoints_dir=str(checkpoints),
             model_dir=str(self._registry.directory(attempt.model_id)),
             cache_dir=str(settings.data_dir / "cache"),
+            cache_max_bytes=settings.cache_max_bytes,
             resume_from=str(checkpoints / attempt.resume_from) if attempt.resume_from else "",
             resume_fallbacks=[
                 str(checkpoints / each.directory) for each in (await self._jobs.resume_points(job.tenant, job.id))[1:]
@@ -212,19 +211,10 @@ class Scheduler:
         )
         if spec.validation_dataset:
             task.validation_dataset.CopyFrom(
-                self._source(await self._datasets.find(job.tenant, spec.validation_dataset))
+                dataset_source(self._datasets, await self._datasets.find(job.tenant, spec.validation_dataset))
             )
         if settings.puppet is not None:
             task.puppet.CopyFrom(settings.puppet)
             if spec.hyperparameters.max_steps:
                 task.puppet.steps = spec.hyperparameters.max_steps
         return task
-
-    def _source(self, dataset: Dataset) -> DatasetSource:
-        return DatasetSource(
-            path=str(self._datasets.blob(dataset)),
-            id=dataset.id,
-            name=f"{dataset.name}@{dataset.version}",
-            sha256=dataset.sha256,
-            rows=dataset.row_count,
-        )

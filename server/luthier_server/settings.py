@@ -47,6 +47,20 @@ class Settings:
     threads: int = _option(0, "CPU threads of each trainer; 0 lets torch decide", metavar="N")
     max_queued: int = _option(10_000, "jobs that may wait", metavar="N")
     max_dataset_bytes: int = _option(16 * 2**30, "largest dataset file", metavar="BYTES")
+    cache_bytes: int = _option(20 * 2**30, "room for tokenised datasets; the least used ones go", metavar="BYTES")
+    import_host: tuple[str, ...] = _option(
+        ("huggingface.co", "*.hf.co"),
+        "host that datasets may be imported from, NAME[:PORT] or *.NAME, http://NAME[:PORT] for one without TLS; may be"
+        " repeated",
+        metavar="HOST",
+    )
+    import_network: tuple[str, ...] = _option(
+        (), "private network that these hosts may lie in, such as 10.1.0.0/16; may be repeated", metavar="CIDR"
+    )
+    import_bucket: tuple[str, ...] = _option(
+        (), "bucket that datasets may be imported from, such as s3://data/train; may be repeated", metavar="URL"
+    )
+    import_root: tuple[Path, ...] = _option(tuple, "folder that datasets may be imported from; may be repeated")
     max_watchers: int = _option(20_000, "watches that may be open", metavar="N")
     heartbeat_seconds: float = _option(15.0, "idle time after which a watch carries a heartbeat", metavar="S")
     slow_consumer_seconds: float = _option(30.0, "time after which a watcher that does not read is let go", metavar="S")
@@ -87,8 +101,9 @@ def _parser() -> argparse.ArgumentParser:
             text = f"{text} (default: {each.default})"
         if each.type is bool:
             parser.add_argument(flag, action="store_true", help=text)
-        elif each.type == tuple[Path, ...]:
-            parser.add_argument(flag, action="append", metavar="DIR", help=text)
+        elif each.type in (tuple[Path, ...], tuple[str, ...]):
+            options.setdefault("metavar", "DIR")
+            parser.add_argument(flag, action="append", help=text, **options)
         else:
             options.setdefault("metavar", None if "choices" in options else each.name.upper())
             parser.add_argument(flag, help=text, **options)
@@ -106,6 +121,8 @@ def _typed(name: str, value: Any, source: str) -> Any:
         if kind == tuple[Path, ...]:
             parts = value if isinstance(value, list) else [part for part in str(value).split(os.pathsep) if part]
             return tuple(Path(part).expanduser() for part in parts)
+        if kind == tuple[str, ...]:
+            return tuple(str(each) for each in (value if isinstance(value, list) else str(value).split(",")) if each)
         if kind in (Path, Path | None):
             return Path(str(value)).expanduser()
         if kind is int and isinstance(value, str):

@@ -10,6 +10,7 @@ from collections.abc import Iterable, Iterator, Sequence
 import protovalidate
 from google.protobuf.message import Message
 
+from luthier.v1.dataset_pb2 import DatasetFormat
 from luthier.v1.job_pb2 import (
     Evaluation,
     FineTuneTask,
@@ -19,9 +20,17 @@ from luthier.v1.job_pb2 import (
     LrScheduler,
     Sft,
 )
+from luthier.v1.tokenization_pb2 import Overlong, Tokenization, TrainOn
 from luthier_server.errors import InvalidArgument, Violation
 
 MAX_VIOLATIONS = 25
+_NOT_SUPERVISED = {
+    DatasetFormat.DATASET_FORMAT_PREFERENCE: "pairs of answers, which need a preference objective; none is offered yet",
+    DatasetFormat.DATASET_FORMAT_UNPAIRED_PREFERENCE: "judged answers, which need a preference objective; none is"
+    " offered yet",
+    DatasetFormat.DATASET_FORMAT_PROMPT_ONLY: "prompts without answers, which need a reinforcement objective; none is"
+    " offered yet",
+}
 _validator = protovalidate.Validator()
 
 
@@ -78,6 +87,7 @@ def cross_violations(spec: JobSpec) -> Iterator[Violation]:
         )
     if parts > 65536:
         yield Violation(f"{path}.gradient_accumulation_steps", f"makes a batch of {parts} examples; 65536 at most")
+    yield from tokenization_violations(task.tokenization, "spec.fine_tune.tokenization")
     if task.validation_dataset and task.validation_fraction:
         yield Violation(
             "spec.fine_tune.validation_fraction", "give validation_dataset or validation_fraction, not both"
@@ -86,6 +96,20 @@ def cross_violations(spec: JobSpec) -> Iterator[Violation]:
         yield Violation("spec.fine_tune.evaluation.every_epochs", "give every_steps or every_epochs, not both")
     if _evaluates(task.evaluation) and not (task.validation_dataset or task.validation_fraction):
         yield Violation("spec.fine_tune.evaluation", "needs data: set validation_dataset or validation_fraction")
+
+
+def tokenization_violations(tokenization: Tokenization, path: str) -> Iterator[Violation]:
+    """Rules between the fields of a tokenization."""
+    if tokenization.chat_template_name and tokenization.chat_template:
+        yield Violation(f"{path}.chat_template", "give chat_template or chat_template_name, not both")
+    if tokenization.response_template and tokenization.train_on:
+        yield Violation(f"{path}.response_template", "give response_template or train_on, not both")
+
+
+def format_violations(field: str, row_format: DatasetFormat.ValueType) -> Iterator[Violation]:
+    """What keeps rows of a format from supervised fine-tuning."""
+    if row_format in _NOT_SUPERVISED:
+        yield Violation(f"spec.fine_tune.{field}", f"holds {_NOT_SUPERVISED[row_format]}")
 
 
 def module_violations(lora: Lora, module_names: Sequence[str], base_model: str) -> Iterator[Violation]:
@@ -136,10 +160,11 @@ def _default(message: Message, field: str, value: float | int) -> None:
         setattr(message, field, value)
 
 
-def resolved(spec: JobSpec, *, rows: int, max_positions: int) -> JobSpec:
-    """The spec with every default that the comments in `job.proto` promise.
+def resolved(spec: JobSpec, *, rows: int, max_positions: int, row_format: DatasetFormat.ValueType) -> JobSpec:
+    """The spec with every default that the comments in `job.proto` and `tokenization.proto` promise.
 
-    `rows` of training data decide how many steps there are, `max_positions` (0: unknown) how long an example may be.
+    `rows` of training data decide how many steps there are, `max_positions` (0: unknown) how long an example may be,
+    the format of the rows which of their tokens are trained.
     """
     full = JobSpec()
     full.CopyFrom(spec)
@@ -153,8 +178,8 @@ def resolved(spec: JobSpec, *, rows: int, max_positions: int) -> JobSpec:
         _resolve_lora(task.lora)
     _default(task, "validation_fraction", 0.0)
     _resolve_hyperparameters(task, max_positions)
-    steps = _steps(task, rows)
-    _default(task.checkpoints, "every_steps", max(50, math.ceil(steps / 10)))
+    _resolve_tokenization(task.tokenization, row_format)
+    _default(task.checkpoints, "every_steps", max(50, math.ceil(steps(task, rows) / 10)))
     _default(task.checkpoints, "keep", 2)
     if (task.validation_dataset or task.validation_fraction) and not _evaluates(task.evaluation):
         task.evaluation.every_epochs = 1
@@ -197,7 +222,16 @@ def _resolve_hyperparameters(task: FineTuneTask, max_positions: int) -> None:
     _default(numbers, "adam_epsilon", 1e-8)
 
 
-def _steps(task: FineTuneTask, rows: int) -> int:
+def _resolve_tokenization(tokenization: Tokenization, row_format: DatasetFormat.ValueType) -> None:
+    text = row_format == DatasetFormat.DATASET_FORMAT_TEXT
+    if tokenization.train_on == TrainOn.TRAIN_ON_UNSPECIFIED and not tokenization.response_template:
+        tokenization.train_on = TrainOn.TRAIN_ON_ALL_TOKENS if text else TrainOn.TRAIN_ON_ASSISTANT
+    if tokenization.overlong == Overlong.OVERLONG_UNSPECIFIED:
+        tokenization.overlong = Overlong.OVERLONG_SPLIT if text else Overlong.OVERLONG_TRUNCATE
+
+
+def steps(task: FineTuneTask, rows: int) -> int:
+    """Optimizer steps of a resolved task on so many rows."""
     numbers = task.hyperparameters
     held_out = max(1, int(rows * task.validation_fraction)) if task.validation_fraction else 0
     an_epoch = max(1, math.ceil((rows - held_out) / numbers.batch_size))

@@ -1,11 +1,15 @@
-"""Short-lived processes that run the trainer's torch-free code: the check of a dataset file, a look at a base model.
+"""Short-lived processes that run the trainer's torch-free code: checking, fetching and deriving datasets, and a look at
+a base model.
 
 The server imports nothing of the trainer; it executes `python -m luthier_trainer...` and reads one proto message.
 """
 
 import asyncio
 import contextlib
-from collections.abc import Sequence
+import os
+import signal
+import struct
+from collections.abc import AsyncIterator, Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import TypeVar
@@ -13,11 +17,22 @@ from typing import TypeVar
 import structlog
 from google.protobuf.message import DecodeError, Message
 
-from luthier.trainer.v1.report_pb2 import DatasetReport, ModelReport
+from luthier.trainer.v1.data_pb2 import DeriveReport, FetchReport
+from luthier.trainer.v1.report_pb2 import ModelReport
+from luthier.v1.dataset_pb2 import DatasetReading
+from luthier.v1.dataset_report_pb2 import DatasetReport
 from luthier_server.errors import Unavailable
 
 M = TypeVar("M", bound=Message)
 log = structlog.get_logger()
+_LENGTH = struct.Struct("<I")
+_STDERR = 64 * 1024
+
+
+class WorkerDied(Unavailable):
+    """A signal ended a worker: what it was given may be to blame."""
+
+    reason = "WORKER_DIED"
 
 
 @dataclass(frozen=True, slots=True)
@@ -25,18 +40,61 @@ class Workers:
     """Runs the trainer's workers with its Python."""
 
     python: str
-    timeout_seconds: float = 600
+    timeout_seconds: float = 1000
 
-    async def check_dataset(self, file: Path) -> DatasetReport:
-        """What the structural check finds in a file of rows."""
-        return await self._run("luthier_trainer.data.check", [str(file)], DatasetReport())
+    async def check_dataset(self, file: Path, reading: DatasetReading, scratch: Path) -> DatasetReport:
+        """What the structural check finds in a file of rows. `scratch` is a folder for what does not fit in memory."""
+        how = scratch / "reading"
+        how.write_bytes(reading.SerializeToString())
+        arguments = ["--reading", str(how), "--scratch", str(scratch), str(file)]
+        return await self._run("luthier_trainer.data.check", arguments, DatasetReport(), scratch=scratch)
+
+    async def derive(self, request: Path, output: Path) -> DeriveReport:
+        """Makes datasets of others, as files in `output`."""
+        arguments = [str(request), str(output)]
+        return await self._run("luthier_trainer.data.derive", arguments, DeriveReport(), scratch=output.parent)
+
+    async def fetch(self, request: Path, output: Path, secrets: Mapping[str, str]) -> AsyncIterator[FetchReport]:
+        """Fetches a dataset to `output`: how far it is, and at last whether it is there."""
+        module = "luthier_trainer.data.fetch"
+        async with self._process(module, [str(request), str(output)], secrets) as process:
+            assert process.stdout is not None
+            last: FetchReport | None = None
+            with contextlib.suppress(asyncio.IncompleteReadError, DecodeError):
+                while last is None or last.HasField("progress"):
+                    (length,) = _LENGTH.unpack(await process.stdout.readexactly(_LENGTH.size))
+                    last = FetchReport.FromString(await process.stdout.readexactly(length))
+                    yield last
+            if last is None or last.HasField("progress"):
+                raise await self._failed(process, module)
 
     async def inspect_model(self, base_model: str, roots: Sequence[Path]) -> ModelReport:
         """What is known of a base model without loading it."""
         arguments = [part for root in roots for part in ("--root", str(root))]
         return await self._run("luthier_trainer.inspect", [*arguments, "--", base_model], ModelReport())
 
-    async def _run(self, module: str, arguments: Sequence[str], answer: M) -> M:
+    async def _run(self, module: str, arguments: Sequence[str], answer: M, *, scratch: Path | None = None) -> M:
+        environment = {"TMPDIR": str(scratch)} if scratch is not None else {}
+        async with self._process(module, arguments, environment) as process:
+            try:
+                async with asyncio.timeout(self.timeout_seconds):
+                    assert process.stdout is not None
+                    output = await process.stdout.read()
+                    await process.wait()
+            except TimeoutError as error:
+                raise Unavailable(f"{module} took longer than {self.timeout_seconds:.0f} s and was stopped") from error
+            if process.returncode == 0:
+                with contextlib.suppress(DecodeError):
+                    answer.ParseFromString(output)
+                    return answer
+            raise await self._failed(process, module)
+
+    @contextlib.asynccontextmanager
+    async def _process(
+        self, module: str, arguments: Sequence[str], more: Mapping[str, str]
+    ) -> AsyncIterator[asyncio.subprocess.Process]:
+        """A worker that ends with the block, whatever happens."""
+        environment = {name: value for name, value in os.environ.items() if not name.startswith("LUTHIER_SECRET_")}
         process = await asyncio.create_subprocess_exec(
             self.python,
             "-m",
@@ -46,24 +104,33 @@ class Workers:
             stdout=asyncio.subprocess.PIPE,
             stderr=asyncio.subprocess.PIPE,
             start_new_session=True,
+            env={**environment, **more},
         )
+        assert process.stderr is not None
+        errors = asyncio.create_task(_drained(process.stderr))
         try:
-            async with asyncio.timeout(self.timeout_seconds):
-                output, errors = await process.communicate()
-        except TimeoutError as error:
-            raise Unavailable(f"{module} took longer than {self.timeout_seconds:.0f} s and was stopped") from error
+            yield process
         finally:
             if process.returncode is None:
                 with contextlib.suppress(ProcessLookupError):
                     process.kill()
                 await process.wait()
-        if process.returncode == 0:
-            with contextlib.suppress(DecodeError):
-                answer.ParseFromString(output)
-                return answer
-        log.error(
-            "worker failed", module=module, code=process.returncode, stderr=errors[-2000:].decode(errors="replace")
-        )
-        raise Unavailable(
-            f"{module} failed with code {process.returncode}: is luthier-trainer installed for {self.python}?"
-        )
+            self._say(module, process.returncode, await errors)
+
+    def _say(self, module: str, code: int | None, errors: bytes) -> None:
+        if code and code > 0:
+            log.error("worker failed", module=module, code=code, stderr=errors[-2000:].decode(errors="replace"))
+
+    async def _failed(self, process: asyncio.subprocess.Process, module: str) -> Unavailable:
+        code = await process.wait()
+        if code < 0:
+            return WorkerDied(f"{module} was ended by {signal.Signals(-code).name}")
+        return Unavailable(f"{module} failed with code {code}: is luthier-trainer installed for {self.python}?")
+
+
+async def _drained(stream: asyncio.StreamReader) -> bytes:
+    """The end of what a worker says for people; read all along, so that it never blocks on a full pipe."""
+    tail = b""
+    while data := await stream.read(_STDERR):
+        tail = (tail + data)[-_STDERR:]
+    return tail

@@ -74,7 +74,9 @@ def test_every_setting_is_written_down_with_its_flag_variable_and_default() -> N
         assert variable == f"`LUTHIER_{name.upper()}`"
         if field.default is None:
             assert default == "none"
-        elif name not in ("data_dir", "trainer_python", "model_root"):
+        elif isinstance(field.default, tuple):
+            assert default == (", ".join(f"`{each}`" for each in field.default) or "none")
+        elif name not in ("data_dir", "trainer_python", "model_root", "import_root"):
             expected = str(field.default).lower() if isinstance(field.default, bool) else str(field.default)
             assert default == f"`{expected}`"
 
@@ -141,7 +143,7 @@ def test_every_reason_of_the_trainer_is_written_down() -> None:
 def test_every_code_of_a_dataset_finding_is_written_down() -> None:
     found = constants(ROOT / "trainer" / "luthier_trainer" / "data", calls={"Problem"})
     assert {"NOT_JSON", "EMPTY_ASSISTANT"} <= found
-    assert found - code(page("fine-tuning.md")) == set()
+    assert found - code(page("datasets.md")) == set()
 
 
 def fields(message: Descriptor | None) -> set[str]:
@@ -149,7 +151,7 @@ def fields(message: Descriptor | None) -> set[str]:
     return {field.name for field in message.fields}
 
 
-@pytest.mark.parametrize("part", ["lora", "hyperparameters", "evaluation", "checkpoints"])
+@pytest.mark.parametrize("part", ["lora", "hyperparameters", "evaluation", "checkpoints", "tokenization"])
 def test_every_field_of_a_spec_is_written_down(part: str) -> None:
     rows = table(page("fine-tuning.md"), f"field of `{part}`")
     assert {name for cell in rows for name in code(cell)} == fields(

@@ -106,7 +106,7 @@ def test_fifty_steps_follow_trls_sft_trainer(tmp_path: Path, samples: Path, monk
     )
     seen: Any = trainer.train_dataset
     for row, index in enumerate(permuted):
-        example = made[0].rows.example(index)
+        (example,) = made[0].rows.examples(index)
         batch = trainer.data_collator([seen[row]])
         labels = torch.where(torch.from_numpy(example.trained), torch.from_numpy(example.input_ids).long(), -100)
         assert batch["input_ids"][0].tolist() == example.input_ids.tolist()

@@ -1,5 +1,7 @@
 """The parts of the benchmarks that can be checked in seconds: that what they count is what is there."""
 
+import hashlib
+import json
 import sys
 from pathlib import Path
 from typing import Any
@@ -8,7 +10,7 @@ import pytest
 
 sys.path.insert(0, str(Path(__file__).parents[2]))
 
-from benchmarks import choose_peer, machine, report
+from benchmarks import choose_peer, datasets_check, datasets_rows, machine, report
 from benchmarks.aims import Aim
 from benchmarks.engine import peer, workload
 from benchmarks.engine.contestant import EXAMPLES_PER_STEP, Contestant
@@ -46,14 +48,20 @@ def test_the_engine_counts_the_tokens_that_the_benchmark_counts(tmp_path: Path) 
 
     from luthier_trainer.console import SilentReporter
     from luthier_trainer.data import tokenised
+    from luthier_trainer.data.masking import Masking
+    from luthier_trainer.data.options import Options
+    from luthier_trainer.data.overlong import Overlong
+    from luthier_trainer.data.template import template_of
 
     workload.write_model(tmp_path / "model")
     rows = workload.sample(8)
     workload.write_rows(tmp_path / "rows.jsonl", rows)
+    tokenizer = AutoTokenizer.from_pretrained(tmp_path / "model")
     found = tokenised.load(
         DatasetSource(path=str(tmp_path / "rows.jsonl"), rows=8),
-        AutoTokenizer.from_pretrained(tmp_path / "model"),
-        max_length=workload.MAX_LENGTH,
+        tokenizer,
+        template_of(tokenizer),
+        Options(workload.MAX_LENGTH, Overlong.TRUNCATE, Masking()),
         cache_dir=tmp_path / "cache",
         reporter=SilentReporter(),
     )
@@ -143,3 +151,35 @@ def test_a_missed_aim_is_told_as_missed_on_the_page() -> None:
     assert "| exec to SERVING | 2.00 s | at most 1 | **no** |" in text
     assert "What falls short" in text
     assert "1.50 s" in text
+
+
+def test_the_chats_that_are_checked_are_the_same_everywhere_and_all_sound(tmp_path: Path) -> None:
+    path = tmp_path / "chats.jsonl"
+    size = datasets_rows.write(path, 500)
+    assert size == path.stat().st_size
+    assert 800 < size / 500 < 1300
+    assert hashlib.sha256(path.read_bytes()).hexdigest()[:16] == "9eab5a445200f9b2"
+    found = datasets_check.check(path, tmp_path)
+    assert found["rows"] == 500
+    assert found["peak_private_mb"] > 5
+    path.write_bytes(path.read_bytes() + b"{\n")
+    with pytest.raises(RuntimeError, match="NOT_JSON"):
+        datasets_check.check(path, tmp_path)
+
+
+def test_the_page_has_the_largest_datasets_that_were_measured(tmp_path: Path) -> None:
+    def measured(rows: int) -> dict[str, Any]:
+        return {
+            "date": f"2026-01-{rows:02}T00:00:00",
+            "machine": machine.describe(),
+            "datasets": {"rows": rows},
+            "aims": [Aim("datasets_check_speed", f"{rows} rows", rows, 20, "higher", "MB/s").to_json()],
+        }
+
+    (tmp_path / "small.json").write_text(json.dumps(measured(1)))
+    (tmp_path / "large.json").write_text(json.dumps(measured(9)))
+    result = {"aims": [Aim("server_start", "exec to SERVING", 1, 1, "lower", "s").to_json()], "datasets": {"rows": 2}}
+    found = report.with_large(result, tmp_path)
+    assert found["datasets"]["rows"] == 9
+    assert [each["text"] for each in found["aims"]] == ["exec to SERVING", "9 rows"]
+    assert report.with_large(measured(10), tmp_path) == measured(10)

@@ -36,7 +36,6 @@ class Settings:
     adam: AdamSettings
     epochs: float | None
     max_steps: int | None
-    max_length: int
     log_every: int
     attention: str
     dtype: job_pb2.Dtype.ValueType
@@ -117,7 +116,6 @@ def read_settings(task: TrainerTask) -> Settings:
         adam=_adam(numbers),
         epochs=numbers.epochs if numbers.HasField("epochs") else None,
         max_steps=numbers.max_steps if numbers.HasField("max_steps") else None,
-        max_length=numbers.max_length,
         log_every=numbers.log_every,
         attention=numbers.attn_implementation or "auto",
         dtype=numbers.dtype,

@@ -64,6 +64,18 @@ def leave_out(job: Job, what: str) -> None:
         _warn(job, f"step {step} is made without an update: {what} of {rows} is not finite")
 
 
+def leave_out_empty(job: Job) -> None:
+    """Counts the next step as made without an update, because none of its rows trains a token: an update by nothing but
+    momentum and weight decay would be no step on the data."""
+    step = job.counters.step + 1
+    job.counters.step = step
+    job.counters.empty += 1
+    if step > job.told:
+        job.told = step
+        rows = _rows(job.order.batch(step - 1).tolist())
+        _warn(job, f"step {step} is made without an update: nothing of {rows} is trained")
+
+
 def roll_back(job: Job) -> Carried:
     """What the job that diverged leaves to the next one, which is to start from `job.saved`. Raises TrainingError
     LOSS_NOT_FINITE when a step before was left out too."""

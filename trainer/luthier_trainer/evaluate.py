@@ -1,6 +1,7 @@
 """Evaluation: the mean loss over held-out rows."""
 
 import math
+from collections.abc import Sequence
 from typing import Protocol
 
 import torch
@@ -16,7 +17,7 @@ from luthier_trainer.stop import Check
 class Rows(Protocol):
     """Tokenised rows, by index."""
 
-    def example(self, index: int) -> Example: ...
+    def examples(self, index: int) -> Sequence[Example]: ...
 
 
 def evaluate(
@@ -29,7 +30,7 @@ def evaluate(
     correct = torch.zeros((), dtype=torch.int64, device=batches.device)
     scored = 0
     try:
-        for batch in batches.of(rows.example(int(index)) for index in indices):
+        for batch in batches.of(example for index in indices for example in rows.examples(int(index))):
             check()
             batch_loss, batch_correct = forward.score(batch)
             loss += batch_loss

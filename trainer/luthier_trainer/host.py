@@ -35,6 +35,7 @@ _MAX_CLIENTS = 256
 _TICK = 1.0
 _GRACE = 30.0
 _SECRET_NAME = re.compile(r"[A-Z][A-Z0-9_]*", re.ASCII)
+_WORK_ID = re.compile(r"[A-Za-z0-9_-]+", re.ASCII)
 _HANDLED = (signal.SIGCHLD, signal.SIGTERM, signal.SIGINT)
 
 # In this order; the model families' modules are what `transformers` would load lazily in each trainer.
@@ -45,6 +46,7 @@ WARM_MODULES = (
     "peft",
     "datasets",
     "luthier_trainer.sft",
+    "luthier_trainer.work",
     "transformers.models.auto.modeling_auto",
     "transformers.models.llama.modeling_llama",
     "transformers.models.qwen2.modeling_qwen2",
@@ -247,14 +249,17 @@ class Host:
         return _hosted(trainer)
 
     def _inside(self, name: str) -> Path:
-        """The attempt's directory, all links followed. Raises Refused unless it is `jobs/ID/attempt-N` of our data."""
+        """The attempt's directory, all links followed. Raises Refused unless it is `jobs/ID/attempt-N` or `work/ID` of
+        our data."""
         try:
             path = Path(name).resolve(strict=True)
         except (OSError, ValueError, RuntimeError):
             raise Refused("there is no such attempt") from None
-        jobs = self._data_dir / "jobs"
-        if path.parent.parent != jobs.resolve() or not path.is_dir():
-            raise Refused(f"an attempt lies at {jobs}/ID/attempt-N")
+        jobs, work = self._data_dir / "jobs", self._data_dir / "work"
+        of_job = path.parent.parent == jobs.resolve()
+        of_work = path.parent == work.resolve() and _WORK_ID.fullmatch(path.name) is not None
+        if not (of_job or of_work) or not path.is_dir():
+            raise Refused(f"an attempt lies at {jobs}/ID/attempt-N, work on datasets at {work}/ID")
         return path
 
     def _signal(self, request: host_pb2.SignalTrainer) -> None:

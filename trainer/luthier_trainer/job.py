@@ -2,7 +2,7 @@
 process."""
 
 import math
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -11,17 +11,19 @@ import numpy as np
 import torch
 from transformers import PreTrainedTokenizerBase
 
-from luthier.trainer.v1.task_pb2 import BaseModelSource, TrainerTask
-from luthier.v1 import event_pb2
+from luthier.trainer.v1.task_pb2 import BaseModelSource, DatasetSource, TrainerTask
+from luthier.v1 import event_pb2, tokenization_pb2
 from luthier_trainer import checkpoint, durable, lora
 from luthier_trainer.batches import Batches
 from luthier_trainer.config import Places, Settings
-from luthier_trainer.data import render, tokenised
+from luthier_trainer.data import tokenised
+from luthier_trainer.data.render import prompt_ids
 from luthier_trainer.data.tokenised import TokenisedRows
+from luthier_trainer.data.tokens import tokens_for
 from luthier_trainer.errors import TrainingError
 from luthier_trainer.forward import Forward
 from luthier_trainer.masters import Masters
-from luthier_trainer.model import Trained, adapter_rank, load_base, load_config, load_tokenizer, prepare
+from luthier_trainer.model import Trained, adapter_rank, load_base, prepare
 from luthier_trainer.optimizer import Optimizer
 from luthier_trainer.order import Indices, RowOrder, hold_out
 from luthier_trainer.plan import Compute, attention_name, choose_compute, micro_batch_tokens
@@ -124,24 +126,30 @@ def set_up(task: TrainerTask, settings: Settings, places: Places, reporter: Repo
     durable.sweep(places.checkpoints)
     durable.sweep(places.model.parent)
     resumed = read_state(places.resume_from) if places.resume_from else None
-    source = task.base_model
     reporter.report(event_pb2.PhaseProgressed(phase=event_pb2.PHASE_LOADING, unit="models", total=1))
-    tokenizer = load_tokenizer(source)
-    config = load_config(source)
-    compute = choose_compute(task, settings.dtype, config, resumed.plan if resumed else None)
+    tokens = tokens_for(task)
+    tokenizer = tokens.tokenizer
+    compute = choose_compute(task, settings.dtype, tokens.config, resumed.plan if resumed else None)
 
-    rows = tokenised.load(
-        task.training_dataset,
-        tokenizer,
-        max_length=_max_length(settings, config),
-        cache_dir=places.cache,
-        reporter=reporter,
-        check=check,
-    )
-    check()
-    training, evaluated = _split(task, settings, config, tokenizer, rows, places, reporter, check)
+    def load(dataset: DatasetSource) -> TokenisedRows:
+        found = tokenised.load(
+            dataset,
+            tokenizer,
+            tokens.template,
+            tokens.options,
+            cache_dir=places.cache,
+            cache_max_bytes=task.cache_max_bytes,
+            reporter=reporter,
+            check=check,
+        )
+        tokenised.require_trainable(found, reporter)
+        check()
+        return found
+
+    rows = load(task.training_dataset)
+    training, evaluated = _split(task, settings, rows, load)
     order = RowOrder(training, settings.batch_size, settings.seed)
-    sample_ids = [render.prompt_ids(tokenizer, [{"role": "user", "content": each}]) for each in settings.sample_prompts]
+    sample_ids = [prompt_ids(tokenizer, tokens.template, each) for each in settings.sample_prompts]
     check()
 
     trained = _load_trained(task, settings, compute, places.resume_from)
@@ -175,17 +183,18 @@ def set_up(task: TrainerTask, settings: Settings, places: Places, reporter: Repo
         warmup=warmup_steps(total, settings.warmup_steps, settings.warmup_ratio),
         batches=Batches(forward.documents, budget, tokenizer.pad_token_id or 0, compute.device),
         throughput=Throughput(),
-        notes=[*compute.notes, *notes, *_adapter_notes(task, settings, trained)],
+        notes=[*compute.notes, *notes, *_adapter_notes(task, settings, trained), *_row_notes(rows)],
         counters=resumed.counters if resumed else Counters(),
         saved=(resumed.counters.step, places.resume_from.name) if resumed and places.resume_from else (0, ""),
         resumed=resumed,
     )
     job.counters.computed_tokens = max(job.counters.computed_tokens, task.computed_tokens)
     if resumed and places.resume_from:
-        if resumed.rows != _identity(task, rows, order):
+        identity = _identity(task, rows, order)
+        if any(identity.get(name) != noted for name, noted in resumed.rows.items()):
             raise TrainingError(
                 "CHECKPOINT_MISMATCH",
-                f"The checkpoint {places.resume_from.name} was made with other rows than this task names.",
+                f"The checkpoint {places.resume_from.name} was made with other rows or tokens than this task names.",
                 "Start the job anew.",
             )
         optimizer.load(checkpoint.load_optimizer(places.resume_from))
@@ -202,33 +211,14 @@ def total_steps(settings: Settings, steps_per_epoch: int) -> int:
     return min(limits)
 
 
-def _max_length(settings: Settings, config: Any) -> int:
-    limit = getattr(config.get_text_config(), "max_position_embeddings", None)
-    return min(settings.max_length, limit) if limit else settings.max_length
-
-
 def _split(
-    task: TrainerTask,
-    settings: Settings,
-    config: Any,
-    tokenizer: PreTrainedTokenizerBase,
-    rows: TokenisedRows,
-    places: Places,
-    reporter: Reporter,
-    check: Check,
+    task: TrainerTask, settings: Settings, rows: TokenisedRows, load: Callable[[DatasetSource], TokenisedRows]
 ) -> tuple[Indices, Evaluated | None]:
     """The rows to train on, and those to evaluate."""
     if not task.HasField("validation_dataset"):
         training, held_out = hold_out(settings.seed, len(rows), settings.validation_fraction)
         return training, Evaluated(rows, held_out) if len(held_out) else None
-    validation = tokenised.load(
-        task.validation_dataset,
-        tokenizer,
-        max_length=_max_length(settings, config),
-        cache_dir=places.cache,
-        reporter=reporter,
-        check=check,
-    )
+    validation = load(task.validation_dataset)
     return np.arange(len(rows)), Evaluated(validation, np.arange(len(validation)))
 
 
@@ -256,6 +246,18 @@ def _adapter_notes(task: TrainerTask, settings: Settings, trained: Trained) -> l
     return []
 
 
+def _row_notes(rows: TokenisedRows) -> list[str]:
+    """What became of rows over the limit, where it is not that their end was cut off."""
+    statistics, overlong = rows.report.statistics, rows.report.tokenization.overlong
+    if not statistics.overlong_rows or overlong == tokenization_pb2.OVERLONG_TRUNCATE:
+        return []
+    happened = "split" if overlong == tokenization_pb2.OVERLONG_SPLIT else "left out"
+    return [
+        f"{statistics.overlong_rows} rows over {rows.report.max_length} tokens were {happened}:"
+        f" {statistics.lost_tokens} tokens are lost"
+    ]
+
+
 def _identity(task: TrainerTask, rows: TokenisedRows, order: RowOrder) -> dict[str, Any]:
     """What the order of the steps depends on."""
     return {
@@ -264,4 +266,8 @@ def _identity(task: TrainerTask, rows: TokenisedRows, order: RowOrder) -> dict[s
         "training_rows": len(order.rows),
         "batch_size": order.batch_size,
         "seed": order.seed,
+        "max_length": rows.report.max_length,
+        "train_on": rows.report.tokenization.train_on,
+        "response_template": rows.report.tokenization.response_template,
+        "overlong": rows.report.tokenization.overlong,
     }

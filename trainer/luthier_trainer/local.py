@@ -1,19 +1,21 @@
 """Fine-tuning in one line, without a server: the same engine, the same result."""
 
 import hashlib
+import re
 import sys
 import tempfile
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Literal
 
 from luthier.trainer.v1.report_pb2 import Finished
 from luthier.trainer.v1.task_pb2 import BaseModelSource, DatasetSource, TrainerTask
-from luthier.v1 import job_pb2
+from luthier.v1 import dataset_pb2, job_pb2, tokenization_pb2
 from luthier_trainer.console import ConsoleReporter, SilentReporter
 from luthier_trainer.control import NoControl
-from luthier_trainer.data.rows import rows
+from luthier_trainer.data.formats import records
+from luthier_trainer.data.reading import Reading
 from luthier_trainer.errors import TrainingError
 from luthier_trainer.inspect import locate
 from luthier_trainer.main import let_waiting_threads_sleep
@@ -29,6 +31,18 @@ _DTYPES = {
     "float32": job_pb2.DTYPE_FLOAT32,
     "bfloat16": job_pb2.DTYPE_BFLOAT16,
 }
+_TRAIN_ON = {
+    "assistant": tokenization_pb2.TRAIN_ON_ASSISTANT,
+    "last_turn": tokenization_pb2.TRAIN_ON_LAST_TURN,
+    "all_tokens": tokenization_pb2.TRAIN_ON_ALL_TOKENS,
+}
+_OVERLONG = {
+    "truncate": tokenization_pb2.OVERLONG_TRUNCATE,
+    "drop": tokenization_pb2.OVERLONG_DROP,
+    "split": tokenization_pb2.OVERLONG_SPLIT,
+    "error": tokenization_pb2.OVERLONG_ERROR,
+}
+_TEMPLATE_NAME = re.compile(r"[a-z0-9.-]+", re.ASCII)
 
 
 @dataclass(frozen=True)
@@ -62,6 +76,11 @@ def fine_tune(
     weight_decay: float = 0.0,
     max_grad_norm: float = 1.0,
     max_length: int = 1024,
+    overlong: Literal["truncate", "drop", "split", "error"] | None = None,
+    train_on: Literal["assistant", "last_turn", "all_tokens"] | None = None,
+    chat_template: str = "",
+    response_template: str = "",
+    columns: Mapping[str, str] | None = None,
     seed: int = 0,
     dtype: Literal["auto", "float32", "bfloat16"] = "auto",
     sample_prompts: Sequence[str] = (),
@@ -69,10 +88,14 @@ def fine_tune(
     progress: bool | None = None,
     reporter: Reporter | None = None,
 ) -> FineTuned:
-    """Fine-tunes `base_model` on the rows of `data` (JSONL or JSON; messages, prompts or instructions) into `out`.
+    """Fine-tunes `base_model` on the rows of `data` (JSONL, JSON, CSV, Parquet or Arrow; messages, prompts,
+    instructions, ShareGPT or texts) into `out`.
 
     `base_model` is a hub id, a directory with a model or an adapter, or `builtin/tiny`. Defaults are the server's: 3
-    epochs unless `max_steps` is given, a rate of 2e-4 for LoRA and 2e-5 for full fine-tuning, alpha twice the rank.
+    epochs unless `max_steps` is given, a rate of 2e-4 for LoRA and 2e-5 for full fine-tuning, alpha twice the rank;
+    rows over `max_length` are cut, and texts split. `chat_template` is the name of one that Luthier brings (`chatml`),
+    or the template itself; `columns` maps the field that a format has (`prompt`) to the column that holds it
+    (`question`).
     `progress` writes lines to standard error, by default when that is a terminal; `reporter` takes the reports instead.
 
     Raises TrainingError, and FileExistsError when `out` is there already.
@@ -123,6 +146,19 @@ def fine_tune(
     if reporter is None:
         shown = sys.stderr.isatty() if progress is None else progress
         reporter = ConsoleReporter() if shown else SilentReporter()
+    source = _dataset(Path(data), columns or {})
+    texts = source.reading.format == dataset_pb2.DATASET_FORMAT_TEXT
+    spec.tokenization.CopyFrom(
+        tokenization_pb2.Tokenization(
+            train_on=_TRAIN_ON[train_on or ("all_tokens" if texts else "assistant")],
+            overlong=_OVERLONG[overlong or ("split" if texts else "truncate")],
+            response_template=response_template,
+        )
+    )
+    if _TEMPLATE_NAME.fullmatch(chat_template):
+        spec.tokenization.chat_template_name = chat_template
+    else:
+        spec.tokenization.chat_template = chat_template
     target.parent.mkdir(parents=True, exist_ok=True)
     with tempfile.TemporaryDirectory(prefix=f".{target.name}-", dir=target.parent) as work:
         task = TrainerTask(
@@ -130,8 +166,8 @@ def fine_tune(
             attempt=1,
             spec=job_pb2.JobSpec(display_name=target.name, fine_tune=spec),
             base_model=_source(base_model),
-            training_dataset=_dataset(Path(data)),
-            validation_dataset=None if validation is None else _dataset(Path(validation)),
+            training_dataset=source,
+            validation_dataset=None if validation is None else _dataset(Path(validation), columns or {}),
             checkpoints_dir=str(Path(work) / "checkpoints"),
             model_dir=str(target),
             cache_dir=str(Path(work) / "cache"),
@@ -157,10 +193,14 @@ def _source(base_model: str) -> BaseModelSource:
     return BaseModelSource(location=base_model if report.is_hub else report.directory, is_hub=report.is_hub)
 
 
-def _dataset(path: Path) -> DatasetSource:
+def _dataset(path: Path, columns: Mapping[str, str]) -> DatasetSource:
+    """The file and how it is read, which its first row tells."""
     with open(path, "rb") as file:
         digest = hashlib.file_digest(file, "sha256").hexdigest()
-    return DatasetSource(path=str(path.resolve()), name=path.name, sha256=digest, rows=sum(1 for _ in rows(path)))
+    with records(path, Reading(columns=columns)) as found:
+        next(iter(found), None)
+        reading = found.reading
+    return DatasetSource(path=str(path.resolve()), name=path.name, sha256=digest, reading=reading.to_proto())
 
 
 def _devices() -> list[int]:

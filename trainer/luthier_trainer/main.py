@@ -19,6 +19,7 @@ from luthier_trainer.heartbeat import Heartbeat
 from luthier_trainer.logbook import Logbook
 from luthier_trainer.report import Reporter, checkpoint_step
 from luthier_trainer.spool import SpoolReporter
+from luthier_trainer.stop import StopRequested
 
 EXIT_ENDED = 0  # Finished or Stopped is the last report
 EXIT_FAILED = 1  # Failed is the last report
@@ -52,7 +53,7 @@ def run_attempt(attempt_dir: Path, secrets: Mapping[str, str]) -> int:
         reporter = SpoolReporter(attempt_dir, task.wake_socket)
     except FileExistsError:
         return EXIT_NOT_MINE
-    end = _train(task, Logbook(reporter), control)
+    end = _run(task, attempt_dir, Logbook(reporter), control)
     try:
         reporter.report(end, durable=True)
     except TrainingError:
@@ -60,6 +61,41 @@ def run_attempt(attempt_dir: Path, secrets: Mapping[str, str]) -> int:
         return EXIT_NO_SPACE
     reporter.close()
     return EXIT_FAILED if isinstance(end, report_pb2.Failed) else EXIT_ENDED
+
+
+def _run(
+    task: task_pb2.TrainerTask, attempt_dir: Path, reporter: Reporter, control: Control
+) -> report_pb2.Finished | report_pb2.Stopped | report_pb2.Failed:
+    """Trains, or works on datasets and leaves the answer in the attempt's directory."""
+    if task.WhichOneof("work") is None:
+        return _train(task, reporter, control)
+    answer: task_pb2.DataAnswer | None = None
+    end: report_pb2.Finished | report_pb2.Stopped | report_pb2.Failed
+    try:
+        reporter.report(_started(task), durable=True)
+        with Heartbeat(reporter, task.heartbeat_seconds or _HEARTBEAT_SECONDS):
+            from luthier_trainer import work
+
+            work.fence(task)
+            answer = work.perform(task, reporter, control)
+        end = _answered(answer)
+    except StopRequested:
+        return report_pb2.Stopped()
+    except (Exception, SystemExit) as error:
+        traceback.print_exc()
+        end = _failed(error)
+    if answer is None:
+        answer = task_pb2.DataAnswer(error=end.error if isinstance(end, report_pb2.Failed) else None)
+    try:
+        attempt.replace_file(attempt_dir / attempt.ANSWER, answer.SerializeToString())
+    except OSError as error:
+        traceback.print_exc()
+        return _failed(error)
+    return end
+
+
+def _answered(answer: task_pb2.DataAnswer) -> report_pb2.Finished | report_pb2.Failed:
+    return report_pb2.Failed(error=answer.error) if answer.HasField("error") else report_pb2.Finished()
 
 
 def _train(

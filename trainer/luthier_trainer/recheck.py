@@ -17,7 +17,7 @@ import torch
 import transformers
 
 from luthier.v1 import event_pb2
-from luthier_trainer.data.render import Example
+from luthier_trainer.data.tokenised import StoredExample
 from luthier_trainer.job import Job
 from luthier_trainer.state import State
 
@@ -39,13 +39,13 @@ def noted(job: Job) -> State:
 
 
 def next_loss(job: Job, tokens: int) -> float | None:
-    """Mean loss per target over at most so many tokens; None after the last step, for a row of one token, and for a
-    loss that is not finite."""
+    """Mean loss per target over at most so many tokens; None after the last step, for a step that trains nothing, for a
+    row of one token, and for a loss that is not finite."""
     if job.counters.step >= job.total_steps:
         return None
     budget = min(tokens, job.batches.budget)
-    batch = next(dataclasses.replace(job.batches, budget=budget).of(_examples(job, tokens)))
-    if not len(batch.targets):
+    batch = next(dataclasses.replace(job.batches, budget=budget).of(_examples(job, tokens)), None)
+    if batch is None or not len(batch.targets):
         return None
     model = job.forward.model
     model.train(False)
@@ -57,12 +57,12 @@ def next_loss(job: Job, tokens: int) -> float | None:
     return loss if math.isfinite(loss) else None
 
 
-def _examples(job: Job, tokens: int) -> Iterator[Example]:
-    """The rows of the next step, cut to the first tokens; every token of a row whose answer lies behind them counts."""
+def _examples(job: Job, tokens: int) -> Iterator[StoredExample]:
+    """The rows of the next step, cut to the first tokens; every token of one whose answer lies behind them counts."""
     for index in job.order.batch(job.counters.step):
-        row = job.rows.example(int(index))
-        ids, trained = row.input_ids[:tokens], row.trained[:tokens]
-        yield Example(ids, trained if trained[1:].any() else np.ones_like(trained), row.truncated)
+        for example in job.rows.examples(int(index)):
+            ids, trained = example.input_ids[:tokens], example.trained[:tokens]
+            yield StoredExample(ids, trained if trained[1:].any() else np.ones_like(trained))
 
 
 def _environment(device: torch.device) -> dict[str, str]:

@@ -52,6 +52,8 @@ def _lineage(job: Job, metrics: dict[str, float]) -> dict[str, object]:
         },
         "training_dataset": _dataset(task.training_dataset),
         "chat_template_sha256": job.rows.template_sha256,
+        "tokenization": MessageToDict(job.rows.report.tokenization, preserving_proto_field_name=True),
+        "mask_method": job.rows.report.mask_method,
         "seed": job.settings.seed,
         "steps": job.counters.step,
         "trained_tokens": job.counters.trained_tokens,
@@ -65,4 +67,10 @@ def _lineage(job: Job, metrics: dict[str, float]) -> dict[str, object]:
 
 
 def _dataset(source: DatasetSource) -> dict[str, object]:
-    return {"id": source.id, "name": source.name, "sha256": source.sha256, "rows": source.rows}
+    return {
+        "id": source.id,
+        "name": source.name,
+        "sha256": source.sha256,
+        "rows": source.rows,
+        "reading": MessageToDict(source.reading, preserving_proto_field_name=True),
+    }

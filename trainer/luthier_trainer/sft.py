@@ -14,7 +14,7 @@ from luthier.v1 import event_pb2
 from luthier_trainer import checkpoint, recheck
 from luthier_trainer.config import read_places, read_settings
 from luthier_trainer.control import Control
-from luthier_trainer.divergence import Carried, Diverged, leave_out, roll_back
+from luthier_trainer.divergence import Carried, Diverged, leave_out, leave_out_empty, roll_back
 from luthier_trainer.evaluate import evaluate
 from luthier_trainer.flatten import Example, scored_tokens
 from luthier_trainer.job import Job, set_up
@@ -110,8 +110,12 @@ def _make_step(job: Job, check: Check) -> None:
     if counters.step + 1 in job.left_out:
         leave_out(job, "the update")
         return
+    rows = job.order.batch(counters.step)
+    if not job.rows.scored[rows].any():
+        leave_out_empty(job)
+        return
     job.throughput.start()
-    examples = [job.rows.example(int(index)) for index in job.order.batch(counters.step)]
+    examples = [example for index in rows for example in job.rows.examples(int(index))]
     loss, tokens = _accumulate(job, examples, check)
     rate = learning_rate(
         settings.peak_rate, settings.scheduler, counters.step, warmup=job.warmup, total_steps=job.total_steps
@@ -167,7 +171,7 @@ def _accumulate(job: Job, examples: Sequence[Example], check: Check) -> tuple[fl
 def _accumulate_once(job: Job, examples: Sequence[Example], check: Check) -> tuple[float, int]:
     job.masters.zero_gradients()
     torch.manual_seed(_stream(job.settings.seed, job.counters.step))
-    share = 1.0 / max(scored_tokens(examples), 1)  # rows that were cut before their answer score nothing
+    share = 1.0 / scored_tokens(examples)
     loss = torch.zeros((), dtype=torch.float64, device=job.compute.device)
     tokens = 0
     for batch in job.batches.of(examples):
@@ -259,7 +263,7 @@ def _finish(job: Job) -> Finished:
     counters = job.counters
     job.reporter.report(event_pb2.PhaseProgressed(phase=event_pb2.PHASE_SAVING, total=1, unit="models"))
     metrics = {
-        "train_loss": counters.loss_total / max(counters.step - len(counters.skipped), 1),
+        "train_loss": counters.loss_total / max(counters.step - len(counters.skipped) - counters.empty, 1),
         "final_loss": counters.last_loss,
         "epochs": job.epoch,
         "trained_tokens": float(counters.trained_tokens),
@@ -270,5 +274,7 @@ def _finish(job: Job) -> Finished:
         del metrics["train_loss"], metrics["final_loss"]
     if counters.skipped:
         metrics["skipped_steps"] = float(len(counters.skipped))
+    if counters.empty:
+        metrics["empty_steps"] = float(counters.empty)
     size = with_room(job, lambda: save_model(job, metrics))
     return Finished(step=counters.step, size_bytes=size, metrics=metrics)

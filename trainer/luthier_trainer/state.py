@@ -19,7 +19,8 @@ class Counters:
     """How far a job has come; the only thing about it, beside weights and moments, that changes from step to step.
 
     `loss_total` sums the loss of every step; `evaluated_step` is the newest step that was evaluated, -1 for none;
-    `skipped` are the steps that were made without an update, oldest first.
+    `skipped` are the steps that were made without an update because something was not finite, oldest first; `empty`
+    counts those whose rows train nothing.
     """
 
     step: int = 0
@@ -31,6 +32,7 @@ class Counters:
     evaluated_step: int = -1
     evaluation: dict[str, float] = dataclasses.field(default_factory=dict)
     skipped: list[int] = dataclasses.field(default_factory=list)
+    empty: int = 0
 
 
 @dataclass(frozen=True)

@@ -4,7 +4,7 @@ import json
 
 import click
 
-from luthier_client.cli import output
+from luthier_client.cli import output, reports
 from luthier_client.cli.picture import JobPicture
 
 _MARKS = {"succeeded": ("✓", "+"), "failed": ("✗", "x"), "cancelled": ("■", "-")}
@@ -83,6 +83,8 @@ def _rows(picture: JobPicture) -> list[tuple[str, str]]:
     if seconds := picture.seconds():
         attempts = f", {picture.attempt} attempts" if picture.attempt > 1 else ""
         rows.append(("time", output.duration(seconds) + attempts))
+    if picture.checked is not None:
+        rows.append(("data", reports.token_line(picture.checked.training)))
     if steps:
         rows.append(("tokens", f"{steps[-1].trained_tokens:,}"))
     if (check := picture.resumed) is not None:

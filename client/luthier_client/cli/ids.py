@@ -58,8 +58,8 @@ def dataset(client: "Client", text: str) -> str:
         return _first((each.id for each in client.list_datasets(page_size=1)), "dataset")
     if not text.startswith("ds_") or _is_whole(text, "ds_"):
         return text
-    found = [each.id for each in client.list_datasets(page_size=1000) if each.id.startswith(text)]
-    return _only(text, "dataset", found)
+    found = client.list_datasets(id_prefix=text, page_size=_SHOWN + 1)
+    return _only(text, "dataset", [each.id for each in islice(found, _SHOWN + 1)])
 
 
 def _is_whole(text: str, kind: str) -> bool:

@@ -8,6 +8,7 @@ import click
 from luthier_client.cli.checkpoints import checkpoints
 from luthier_client.cli.lazy import Command, settings
 from luthier_client.cli.rest import delete, pause, resume, told
+from luthier_client.cli.tokenization import apply_tokenization, tokenization_fields, tokenization_options
 
 if TYPE_CHECKING:
     from luthier.v1.job_pb2 import Job, JobSpec
@@ -35,17 +36,20 @@ def job() -> None:
     "-f", "--file", required=True, type=click.Path(allow_dash=True), help="A job as YAML or JSON; - is stdin."
 )
 @click.option("--set", "assignments", metavar="KEY=VALUE", multiple=True, help="Set a field; KEY may be shortened.")
+@tokenization_options
 @click.option("--resume-from", metavar="JOB:step-N", help="Go on from a checkpoint of another job.")
 @click.option("--watch", is_flag=True, help="Watch the job to its end.")
 @click.option("--validate-only", is_flag=True, help="Check the job and show what would be created.")
 @click.pass_context
 def create(
     ctx: click.Context,
+    /,
     file: str,
     assignments: tuple[str, ...],
     resume_from: str | None,
     watch: bool,
     validate_only: bool,
+    **flags: str | None,
 ) -> None:
     """Create a job from a file."""
     from luthier_client.cli import ids, output
@@ -55,6 +59,7 @@ def create(
 
     spec = parse_spec(sys.stdin.read(), "stdin") if file == "-" else load_spec(file)
     apply_settings(spec, assignments)
+    apply_tokenization(spec, tokenization_fields(**flags))
     chosen = settings(ctx)
     with connect(chosen) as client:
         if resume_from is not None:

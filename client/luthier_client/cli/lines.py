@@ -7,7 +7,7 @@ from datetime import datetime
 from luthier.v1.event_pb2 import AttemptStarted, JobEvent, LogLevel, Phase, ResumeChecked
 from luthier.v1.job_pb2 import JobState
 from luthier_client import enums
-from luthier_client.cli import output
+from luthier_client.cli import output, reports
 from luthier_client.cli.picture import JobPicture
 
 
@@ -103,6 +103,8 @@ def describe(event: JobEvent, picture: JobPicture) -> str | None:
         return output.clean(f"checkpoint {saved.name}  {output.size(saved.size_bytes)}")
     if kind == "log_emitted":
         return log_line(event)
+    if kind == "datasets_checked":
+        return f"checked  {reports.checked_line(event.datasets_checked)}"
     return None
 
 

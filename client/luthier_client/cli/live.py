@@ -10,7 +10,7 @@ from rich.style import Style
 from rich.table import Table
 from rich.text import Text
 
-from luthier_client.cli import output
+from luthier_client.cli import output, reports
 from luthier_client.cli.lines import resumed
 from luthier_client.cli.picture import JobPicture
 
@@ -55,6 +55,10 @@ class LiveView:
             if len(evaluations) > 1:
                 text += f" · before {output.number(evaluations[0].loss)}"
             yield _labelled("eval", text)
+        if picture.checked is not None:
+            yield _labelled("data", reports.token_line(picture.checked.training))
+            for sentence in reports.telling(picture.checked, 2):
+                yield Text(f"! {sentence}", style="yellow")
         if picture.resumed is not None:
             verified = picture.resumed.verified
             yield Text(output.one_line(resumed(picture.resumed), 300), style="green" if verified else "yellow")

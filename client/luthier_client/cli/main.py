@@ -41,7 +41,7 @@ class Root(LazyGroup):
     lazy={
         "train": ("train:train", "Fine-tune a model on a file, and watch it."),
         "job": ("jobs:job", "Create, watch, pause, resume, cancel and delete jobs."),
-        "dataset": ("datasets:dataset", "Upload, list and delete datasets."),
+        "dataset": ("datasets:dataset", "Upload, import, check, preview, derive and delete datasets."),
         "model": ("models:model", "List and download models."),
         "version": ("main:version", "Show the versions of client and server."),
     },

@@ -40,10 +40,15 @@ def one_line(text: str, limit: int) -> str:
     return flat if _width(flat) <= limit else _cut(flat, limit)
 
 
-def colour(text: str, name: str | None = None, *, bold: bool = False, dim: bool = False, err: bool = False) -> str:
-    """The text in a colour, where the stream is a terminal and NO_COLOR is not set."""
+def coloured(*, err: bool = False) -> bool:
+    """Whether colours are shown: the stream is a terminal and NO_COLOR is not set."""
     stream = sys.stderr if err else sys.stdout
-    if os.environ.get("NO_COLOR") or not stream.isatty():
+    return not os.environ.get("NO_COLOR") and stream.isatty()
+
+
+def colour(text: str, name: str | None = None, *, bold: bool = False, dim: bool = False, err: bool = False) -> str:
+    """The text in a colour, where colours are shown."""
+    if not coloured(err=err):
         return text
     return click.style(text, fg=name, bold=bold or None, dim=dim or None)
 
@@ -102,6 +107,11 @@ def number(value: float) -> str:
     if abs(value) >= 1e4:
         return f"{value:,.0f}"
     return f"{value:.2e}" if 0 < abs(value) < 1e-3 else f"{value:.4f}"
+
+
+def dataset_line(dataset: Any) -> str:
+    """A dataset in one line."""
+    return clean(f"{dataset.id}  {dataset.name}@{dataset.version}  {dataset.rows:,} rows  {size(dataset.size_bytes)}")
 
 
 def proto_dict(message: Any) -> dict[str, Any]:
@@ -202,6 +212,7 @@ def error(chosen: Settings, failure: LuthierError) -> None:
         rest = [str(line) for line in failure.lines if f"line {line}" not in {field for field, _ in failure.violations}]
         more = f" (lines {', '.join(rest[:20])}{', ...' if len(rest) > 20 else ''})" if rest else ""
         click.echo(f"  and {failure.findings - len(failure.violations)} more{more}", err=True)
+        click.echo("  `luthier dataset validate FILE` shows up to a thousand", err=True)
     if hint := failure.metadata.get("hint"):
         click.echo(f"{colour('hint:', 'yellow', err=True)} {clean(hint)}", err=True)
 

@@ -7,6 +7,7 @@ from typing import Any
 from luthier.v1.event_pb2 import (
     LOG_LEVEL_ERROR,
     LOG_LEVEL_WARNING,
+    DatasetsChecked,
     JobEvent,
     Phase,
     PhaseProgressed,
@@ -41,6 +42,7 @@ class JobPicture:
         self.discarded = 0
         """Steps that the newest attempt makes again."""
         self.resumed: ResumeChecked | None = None
+        self.checked: DatasetsChecked | None = None
         self.plan: PlanResolved | None = None
         self.phase: PhaseProgressed | None = None
         self.samples: dict[int, SamplesGenerated] = {}
@@ -106,6 +108,8 @@ class JobPicture:
             self._started = self._started or when
         elif payload == "plan_resolved":
             self.plan = event.plan_resolved
+        elif payload == "datasets_checked":
+            self.checked = event.datasets_checked
         elif payload == "phase_progressed":
             self.phase = event.phase_progressed
         elif payload == "resume_checked":

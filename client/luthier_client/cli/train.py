@@ -6,6 +6,7 @@ from typing import TYPE_CHECKING
 import click
 
 from luthier_client.cli.lazy import Command, Settings, settings
+from luthier_client.cli.tokenization import apply_tokenization, tokenization_fields, tokenization_options
 
 if TYPE_CHECKING:
     from luthier_client.client import Client
@@ -32,6 +33,7 @@ if TYPE_CHECKING:
 @click.option("--rank", metavar="NUMBER", help="Rank of the LoRA adapter.")
 @click.option("--max-length", metavar="NUMBER", help="Longest example in tokens.")
 @click.option("--seed", metavar="NUMBER", help="Seed of order, start and dropout.")
+@tokenization_options
 @click.option("--resume-from", metavar="JOB:step-N", help="Go on from a checkpoint of another job.")
 @click.option("--set", "assignments", metavar="KEY=VALUE", multiple=True, help="Set any field; KEY may be shortened.")
 @click.option("--detach", is_flag=True, help="Return once the job is created.")
@@ -46,9 +48,13 @@ def train(
     resume_from: str | None,
     assignments: tuple[str, ...],
     detach: bool,
+    chat_template: str | None,
+    train_on: str | None,
+    response_template: str | None,
+    overlong: str | None,
     **flags: str | None,
 ) -> None:
-    """Fine-tune a model on DATA, a file of JSON lines or a dataset, and watch it."""
+    """Fine-tune a model on DATA, a file, a folder or a dataset, and watch it."""
     from luthier.v1.job_pb2 import JobSpec
     from luthier_client.cli import ids, output
     from luthier_client.cli.connect import connect
@@ -60,6 +66,7 @@ def train(
     spec.fine_tune.base_model = base
     given = [f"{key}={value}" for key, value in flags.items() if value is not None]
     apply_settings(spec, [*given, *assignments])
+    apply_tokenization(spec, tokenization_fields(chat_template, train_on, response_template, overlong))
     with connect(chosen) as client:
         spec.fine_tune.training_dataset = _dataset(client, chosen, data)
         if validation is not None:
@@ -77,16 +84,18 @@ def train(
 
 
 def _dataset(client: "Client", chosen: Settings, data: str) -> str:
-    """The id of a dataset: uploaded from a file, or found by the name or id that was given."""
+    """The id of a dataset: uploaded from a file or folder, or found by the name or id that was given."""
     from luthier_client.cli import ids, output
-    from luthier_client.cli.transfer import progress
+    from luthier_client.cli.transfer import phases
 
-    if not Path(data).is_file():
+    # A folder is one only when it is written as a path, because datasets have names like folders.
+    folder = Path(data).is_dir() and "/" in data
+    if not Path(data).is_file() and not folder:
         if Path(data).suffix or "/" in data:
             raise FileNotFoundError(2, "No such file", data)
         return client.get_dataset(ids.dataset(client, data)).id
-    with progress("uploading") as report:
-        response = client.upload(data, on_progress=report)
+    with phases() as bars:
+        response = client.upload(data, on_hashing=bars.phase("hashing"), on_progress=bars.phase("uploading"))
     found = response.dataset
     if chosen.output == "table":
         what = "uploaded" if response.created else "already there:"

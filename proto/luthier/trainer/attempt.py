@@ -8,6 +8,7 @@ An attempt is one trainer's life. Its directory `jobs/ID/attempt-N/` holds
     trainer.log   what the trainer's process printed
     control       TrainerControl, replaced atomically by the server
     exit          TrainerExit, written by the host when the process ended
+    answer        DataAnswer, what work on datasets gave; written whole before the last report
 
 A frame is the payload's length (u32, little endian), its CRC-32 (u32, little endian), then the payload. A frame that is
 short or has a wrong CRC is *not yet written* while the lock is held, and the end of the spool after.
@@ -28,6 +29,7 @@ SPOOL = "spool"
 LOG = "trainer.log"
 CONTROL = "control"
 EXIT = "exit"
+ANSWER = "answer"
 
 EXIT_NO_SPACE = 74
 """Exit code of a trainer whose last report did not fit on the disk."""

@@ -101,6 +101,9 @@ class LocalExecutor:
                     async with asyncio.timeout(self._settings.start_seconds):
                         (length,) = _LENGTH.unpack(await self._reader.readexactly(_LENGTH.size))
                         return HostResponse.FromString(await self._reader.readexactly(length))
+                except asyncio.CancelledError:
+                    self._disconnect()  # the answer that nobody reads must not become another request's
+                    raise
                 except (OSError, asyncio.IncompleteReadError, TimeoutError) as error:
                     self._disconnect()
                     if last or not start_host:

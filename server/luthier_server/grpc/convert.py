@@ -54,7 +54,11 @@ def dataset_proto(dataset: Dataset) -> DatasetProto:
         size_bytes=dataset.size_bytes,
         rows=dataset.row_count,
         format=dataset.format,
-        create_time=timestamp(dataset.create_time),
+        create_time=timestamp(dataset.create_time) if dataset.id else None,
+        reading=dataset.reading,
+        source=dataset.source,
+        lineage=dataset.lineage,
+        warnings=dataset.warnings,
     )
 
 
@@ -70,4 +74,6 @@ def model_proto(model: Model) -> ModelProto:
         size_bytes=model.size_bytes,
         metrics=model.metrics,
         create_time=timestamp(model.create_time),
+        training_dataset=model.training_dataset,
+        validation_dataset=model.validation_dataset,
     )

@@ -1,19 +1,16 @@
-"""The three services, a thin layer over `jobs`, `datasets` and `registry`."""
+"""FineTuning and Models, a thin layer over `jobs` and `registry`."""
 
 import asyncio
 import re
-from collections.abc import AsyncIterable, AsyncIterator
+from collections.abc import AsyncIterator
 
-from luthier.v1 import datasets_pb2 as ds
 from luthier.v1 import fine_tuning_pb2 as ft
 from luthier.v1 import models_pb2 as md
 from luthier.v1.job_pb2 import Job as JobProto
 from luthier.v1.model_pb2 import ModelFile
-from luthier_server.datasets import Datasets
-from luthier_server.errors import InvalidArgument, Violation
 from luthier_server.grpc import paging
 from luthier_server.grpc.boundary import Context, writes
-from luthier_server.grpc.convert import checkpoint_proto, dataset_proto, job_proto, model_proto
+from luthier_server.grpc.convert import checkpoint_proto, job_proto, model_proto
 from luthier_server.grpc.watch import Watch
 from luthier_server.job import QUEUED, Job
 from luthier_server.jobs import Jobs
@@ -21,7 +18,6 @@ from luthier_server.registry import Registry
 
 TENANT = "default"
 _CHUNK = 256 * 1024
-_MOST_CHUNK = 1024 * 1024
 _CHECKPOINT = re.compile(r"(?P<job>job_[0-9A-Z]{26}):step-(?P<step>[0-9]{1,12})")
 
 
@@ -90,56 +86,6 @@ class FineTuning:
     async def WatchJob(self, request: ft.WatchJobRequest, context: Context) -> None:
         """Streams a job's events."""
         await self._watch.serve(TENANT, request, context)
-
-
-class DatasetService:
-    """luthier.v1.Datasets."""
-
-    def __init__(self, datasets: Datasets) -> None:
-        self._datasets = datasets
-
-    async def UploadDataset(self, requests: AsyncIterable[ds.UploadDatasetRequest]) -> ds.UploadDatasetResponse:
-        """Receives a file: metadata, then chunks."""
-        iterator = aiter(requests)
-        first = await anext(iterator, None)
-        if first is None or first.WhichOneof("part") != "metadata":
-            raise InvalidArgument(
-                "the first message must hold the metadata", [Violation("metadata", "is needed in the first message")]
-            )
-        dataset, created = await self._datasets.upload(TENANT, first.metadata, _chunks(iterator))
-        return ds.UploadDatasetResponse(dataset=dataset_proto(dataset), created=created)
-
-    async def GetDataset(self, request: ds.GetDatasetRequest) -> ds.GetDatasetResponse:
-        """Returns a dataset."""
-        return ds.GetDatasetResponse(dataset=dataset_proto(await self._datasets.find(TENANT, request.dataset)))
-
-    async def ListDatasets(self, request: ds.ListDatasetsRequest) -> ds.ListDatasetsResponse:
-        """Lists datasets, newest first."""
-        limit = paging.size(request)
-        found = await self._datasets.page(
-            TENANT, below=paging.below(request, request.page_token), limit=limit + 1, name=request.name
-        )
-        return ds.ListDatasetsResponse(
-            datasets=[dataset_proto(each) for each in found[:limit]],
-            next_page_token=paging.token(request, found[limit - 1].id) if len(found) > limit else "",
-        )
-
-    async def DeleteDataset(self, request: ds.DeleteDatasetRequest) -> ds.DeleteDatasetResponse:
-        """Deletes one version."""
-        return ds.DeleteDatasetResponse(dataset=dataset_proto(await self._datasets.delete(TENANT, request.dataset)))
-
-
-async def _chunks(requests: AsyncIterator[ds.UploadDatasetRequest]) -> AsyncIterator[bytes]:
-    async for request in requests:
-        if request.WhichOneof("part") != "chunk":
-            raise InvalidArgument(
-                "after the first message come chunks", [Violation("metadata", "is allowed in the first message only")]
-            )
-        if len(request.chunk) > _MOST_CHUNK:
-            raise InvalidArgument(
-                "a chunk is too large", [Violation("chunk", f"has {len(request.chunk)} bytes; {_MOST_CHUNK} at most")]
-            )
-        yield request.chunk
 
 
 class ModelService:

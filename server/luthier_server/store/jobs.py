@@ -9,7 +9,7 @@ from google.protobuf.message import DecodeError
 
 from luthier.v1.job_pb2 import JobError, JobSpec, JobState, Progress
 from luthier_server.errors import StoreCorrupt
-from luthier_server.job import PAUSED, QUEUED, Job
+from luthier_server.job import PAUSED, QUEUED, VALIDATING, Job
 from luthier_server.store.database import Database, Row, Transaction
 
 
@@ -132,6 +132,25 @@ class Jobs:
             "SELECT id FROM jobs WHERE tenant = ? AND state = ? ORDER BY id", (tenant, QUEUED)
         )
         return [row["id"] for row in rows]
+
+    async def validating(self) -> list[Job]:
+        """Jobs that are being validated, the oldest first; at most 100."""
+        rows = await self._database.read(
+            "SELECT * FROM jobs WHERE tenant = ? AND state = ? ORDER BY id LIMIT 100", ("default", VALIDATING)
+        )
+        return [_job(row) for row in rows]
+
+    async def newest_rate(self, tenant: str, base_model: str) -> float:
+        """Tokens a second that the newest of the last 200 jobs on a base model reached; 0 when none did."""
+        rows = await self._database.read(
+            "SELECT progress, resolved_spec FROM jobs WHERE tenant = ? AND end_time > 0 ORDER BY id DESC LIMIT 200",
+            (tenant,),
+        )
+        for row in rows:
+            rate = Progress.FromString(row["progress"]).tokens_per_second
+            if rate and _spec(row["resolved_spec"]).fine_tune.base_model == base_model:
+                return rate
+        return 0
 
     async def paused_for(self, reason: str) -> list[str]:
         """Ids of the jobs that are paused for this reason."""

@@ -21,6 +21,8 @@ class Model:
     size_bytes: int
     metrics: Mapping[str, float]
     create_time: int
+    training_dataset: str
+    validation_dataset: str
 
 
 def _model(row: Row) -> Model:
@@ -52,8 +54,8 @@ class Models:
 async def insert(transaction: Transaction, model: Model) -> None:
     """Adds a model."""
     await transaction.execute(
-        "INSERT INTO models (id, tenant, name, job_id, base_model, adaptation, step, size_bytes, metrics, create_time)"
-        " VALUES (?, ?, ?, ?, ?, ?, ?, ?, ?, ?)",
+        "INSERT INTO models (id, tenant, name, job_id, base_model, adaptation, step, size_bytes, metrics, create_time,"
+        " training_dataset, validation_dataset) VALUES (?, ?, ?, ?, ?, ?, ?, ?, ?, ?, ?, ?)",
         (
             model.id,
             model.tenant,
@@ -65,5 +67,7 @@ async def insert(transaction: Transaction, model: Model) -> None:
             model.size_bytes,
             json.dumps(dict(model.metrics), sort_keys=True),
             model.create_time,
+            model.training_dataset,
+            model.validation_dataset,
         ),
     )

@@ -2,6 +2,8 @@
 
 from typing import Any
 
+from unit.client.fake_datasets import tokens_of
+
 from luthier.v1 import event_pb2 as ev
 from luthier.v1 import job_pb2 as jb
 
@@ -59,6 +61,8 @@ def log_of(job_id: str, row: dict[str, Any]) -> list[tuple[float, ev.JobEvent]]:
         )
 
     become(jb.JOB_STATE_VALIDATING, "SUBMITTED")
+    if labels.get("checked"):
+        add(datasets_checked=ev.DatasetsChecked(training=tokens_of("ds_1", "builtin/tiny")))
     become(jb.JOB_STATE_QUEUED, "VALID")
     due += float(labels.get("queued", 0))
     become(jb.JOB_STATE_PREPARING, "SLOT_FREE")

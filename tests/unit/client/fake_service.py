@@ -10,6 +10,7 @@ What a job does is written in its labels, so a test says it with CreateJob and n
     queued=SECONDS              how long it waits in the queue
     break=CODE:REASON:K         every stream ends with this status after K events, until the log is through
     hole=K                      sequence K is never sent
+    checked=1                   its datasets are checked for its base model first
     silent=K                    every stream ends OK after K events, as a careless handler would
 
 A job's log is a function of its stored row (spec, creation, rests, cancel), kept in `--state`: a server that is killed
@@ -31,16 +32,16 @@ import grpc
 import grpc.aio
 from google.protobuf import json_format
 from google.rpc import error_details_pb2
+from unit.client.fake_datasets import FakeDatasets
 from unit.client.fake_guard import Guard, info, status
 from unit.client.fake_log import log_of
 
-from luthier.v1 import datasets_pb2 as ds
 from luthier.v1 import datasets_pb2_grpc, fine_tuning_pb2_grpc, models_pb2_grpc
 from luthier.v1 import event_pb2 as ev
 from luthier.v1 import fine_tuning_pb2 as ft
 from luthier.v1 import job_pb2 as jb
 from luthier.v1 import models_pb2 as md
-from luthier.v1.dataset_pb2 import DATASET_FORMAT_MESSAGES, Dataset
+from luthier.v1.dataset_pb2 import Dataset
 from luthier.v1.model_pb2 import Model, ModelFile
 
 VERSION = "9.8.7"
@@ -70,9 +71,7 @@ def spec_of(row: dict[str, Any]) -> jb.JobSpec:
     return json_format.ParseDict(row["spec"], jb.JobSpec())
 
 
-class Services(
-    fine_tuning_pb2_grpc.FineTuningServicer, datasets_pb2_grpc.DatasetsServicer, models_pb2_grpc.ModelsServicer
-):
+class Services(fine_tuning_pb2_grpc.FineTuningServicer, models_pb2_grpc.ModelsServicer):
     def __init__(self, state: State) -> None:
         self.state = state
         self.refusals: dict[str, int] = {}
@@ -254,55 +253,6 @@ class Services(
                 return
             await asyncio.sleep(0.01)
 
-    async def UploadDataset(self, requests: Any, context: Any) -> Any:
-        metadata, content = None, b""
-        async for request in requests:
-            if request.HasField("metadata"):
-                metadata = request.metadata
-            content += request.chunk
-        assert metadata is not None
-        sha256 = hashlib.sha256(content).hexdigest()
-        assert (metadata.sha256, metadata.size_bytes) == (sha256, len(content))
-        lines = content.splitlines()
-        broken = [number for number, line in enumerate(lines, 1) if not line.startswith(b"{")]
-        if broken:
-            bad = error_details_pb2.BadRequest()
-            for number in broken[:25]:
-                bad.field_violations.add(field=f"line {number}", description="is not a JSON object")
-            why = info("DATASET_INVALID", findings=str(len(broken)), lines=",".join(map(str, broken[:100])))
-            await context.abort(
-                *status(grpc.StatusCode.INVALID_ARGUMENT, f"{len(broken)} findings in {metadata.name}", why, bad)
-            )
-        versions = [each for each in self.state.datasets.values() if each.name == metadata.name]
-        for each in versions:
-            if each.sha256 == sha256:
-                return ds.UploadDatasetResponse(dataset=each, created=False)
-        dataset = Dataset(
-            id=f"ds_01{sha256[:24].upper()}", name=metadata.name, version=len(versions) + 1, sha256=sha256,
-            size_bytes=len(content), rows=len(lines), format=DATASET_FORMAT_MESSAGES,
-        )  # fmt: skip
-        dataset.create_time.GetCurrentTime()
-        self.state.datasets[dataset.id] = dataset
-        return ds.UploadDatasetResponse(dataset=dataset, created=True)
-
-    async def dataset(self, name: str, context: Any) -> Dataset:
-        for each in reversed(self.state.datasets.values()):
-            if name in (each.id, each.name, f"{each.name}@{each.version}"):
-                return each
-        await context.abort(*status(grpc.StatusCode.NOT_FOUND, f"no dataset {name}", info("DATASET_NOT_FOUND")))
-        raise AssertionError
-
-    async def GetDataset(self, request: Any, context: Any) -> Any:
-        return ds.GetDatasetResponse(dataset=await self.dataset(request.dataset, context))
-
-    async def ListDatasets(self, request: Any, context: Any) -> Any:
-        every = list(reversed(self.state.datasets.values()))
-        return ds.ListDatasetsResponse(datasets=[each for each in every if request.name in ("", each.name)])
-
-    async def DeleteDataset(self, request: Any, context: Any) -> Any:
-        dataset = await self.dataset(request.dataset, context)
-        return ds.DeleteDatasetResponse(dataset=self.state.datasets.pop(dataset.id))
-
     def models(self) -> list[Model]:
         jobs = [self.job(job_id) for job_id in sorted(self.state.rows, reverse=True)]
         return [
@@ -351,7 +301,7 @@ async def serve(listen: str, root: Path, token: str) -> None:
     server = grpc.aio.server(options=[("grpc.so_reuseport", 0)], interceptors=guards)
     services = Services(state)
     fine_tuning_pb2_grpc.add_FineTuningServicer_to_server(services, server)
-    datasets_pb2_grpc.add_DatasetsServicer_to_server(services, server)
+    datasets_pb2_grpc.add_DatasetsServicer_to_server(FakeDatasets(state), server)
     models_pb2_grpc.add_ModelsServicer_to_server(services, server)
     check: Any = grpc.unary_unary_rpc_method_handler(_health)
     server.add_generic_rpc_handlers((grpc.method_handlers_generic_handler("grpc.health.v1.Health", {"Check": check}),))

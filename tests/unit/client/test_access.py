@@ -40,6 +40,10 @@ async def test_every_call_of_both_clients_brings_the_token(guarded: FakeServer, 
         dataset = client.upload_dataset(b"{}\n", name="cards")
         client.get_dataset(dataset.id)
         list(client.list_datasets())
+        client.import_dataset("more", hub="openai/gsm8k")
+        client.preview_dataset("more")
+        client.check_dataset("more", "builtin/tiny")
+        client.sample_dataset("more", rows=1)
         client.delete_dataset(dataset.id)
         job = client.create_job(job_spec())
         job.wait(timeout=20)
@@ -58,6 +62,8 @@ async def test_every_call_of_both_clients_brings_the_token(guarded: FakeServer, 
         assert client.server_info().serving
     async with AsyncClient(guarded.endpoint, token=TOKEN) as other:
         await other.upload_dataset(b"{}\n", name="cards")
+        await other.import_dataset("more", hub="openai/gsm8k")
+        await other.check_dataset("more", "builtin/tiny")
         same = await other.create_job(job_spec())
         await same.wait(timeout=20)
         assert [event async for event in same.watch()]
@@ -67,9 +73,9 @@ async def test_every_call_of_both_clients_brings_the_token(guarded: FakeServer, 
     calls = guarded.calls("Guard")
     assert all(call["admitted"] for call in calls), calls
     assert {call["called"] for call in calls} == {
-        "UploadDataset", "GetDataset", "ListDatasets", "DeleteDataset", "CreateJob", "GetJob", "ListJobs", "WatchJob",
-        "CancelJob", "PauseJob", "ResumeJob", "DeleteJob", "ListCheckpoints", "ListModels", "GetModel",
-        "DownloadModel", "Check",
+        "UploadDataset", "GetUpload", "ImportDataset", "PreviewDataset", "CheckDataset", "DeriveDataset", "GetDataset",
+        "ListDatasets", "DeleteDataset", "CreateJob", "GetJob", "ListJobs", "WatchJob", "CancelJob",
+        "PauseJob", "ResumeJob", "DeleteJob", "ListCheckpoints", "ListModels", "GetModel", "DownloadModel", "Check",
     }  # fmt: skip
 
 

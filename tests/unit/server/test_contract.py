@@ -8,7 +8,7 @@ import grpc
 import pytest
 from google.protobuf.message import Message
 
-from luthier.v1.dataset_pb2 import DatasetFormat
+from luthier.v1.dataset_pb2 import DatasetFormat, DatasetLineage, DatasetReading
 from luthier.v1.job_pb2 import JobError, JobSpec, JobState, Progress
 from luthier_server import errors
 from luthier_server.change import Change
@@ -41,15 +41,31 @@ def a_job(**fields: Any) -> Job:
     return dataclasses.replace(job, **fields)
 
 
+def a_dataset() -> Dataset:
+    return Dataset(
+        id="ds_1",
+        tenant="default",
+        name="n",
+        version=1,
+        sha256="0" * 64,
+        size_bytes=1,
+        row_count=1,
+        format=DatasetFormat.DATASET_FORMAT_MESSAGES,
+        create_time=1,
+        reading=DatasetReading(format=DatasetFormat.DATASET_FORMAT_MESSAGES),
+        source="hf://datasets/x",
+        lineage=DatasetLineage(operation="split"),
+        warnings=1,
+    )
+
+
 @pytest.mark.parametrize(
     "message",
     [
         convert.job_proto(a_job(), "history", 3),
-        convert.dataset_proto(
-            Dataset("ds_1", "default", "n", 1, "0" * 64, 1, 1, DatasetFormat.DATASET_FORMAT_MESSAGES, 1)
-        ),
+        convert.dataset_proto(a_dataset()),
         convert.checkpoint_proto(Checkpoint("job_1", 1, 1, "000001-a1", 1, 1)),
-        convert.model_proto(Model("model_1", "default", "n", "job_1", "b", "lora", 1, 1, {"loss": 1.0}, 1)),
+        convert.model_proto(Model("model_1", "default", "n", "job_1", "b", "lora", 1, 1, {"loss": 1.0}, 1, "ds_1", "ds_2")),
     ],
     ids=lambda message: type(message).__name__,
 )

@@ -8,9 +8,9 @@ import pytest
 from tokenizers import Tokenizer, decoders, models, pre_tokenizers, processors, trainers
 from transformers import PreTrainedTokenizerFast
 
-from luthier_trainer.data.formats import Conversation, Message
-from luthier_trainer.data.render import Example, encode, prompt_ids, template_sha256
-from luthier_trainer.data.template import CHATML
+from luthier_trainer.data.records import Conversation, Message, Passage
+from luthier_trainer.data.render import Example, prompt_ids, render, template_sha256, tokenise
+from luthier_trainer.data.template import CHATML, template_of
 from luthier_trainer.errors import TrainingError
 
 _FAST: Any = PreTrainedTokenizerFast  # its constructor has no annotations
@@ -109,9 +109,14 @@ def parts(example: Example, tokenizer: Any) -> list[tuple[str, bool]]:
     return [(tokenizer.decode(ids), trained) for ids, trained in runs]
 
 
+def encode(conversation: Conversation, tokenizer: Any) -> Example:
+    (example,) = tokenise([render(Passage(messages=conversation), template_of(tokenizer))], tokenizer)
+    return example
+
+
 def trained_of(template: str, conversation: Conversation, tokenizer: Tokenizer) -> list[str]:
     fast = with_template(tokenizer, template)
-    return [text for text, trained in parts(encode(conversation, fast, max_length=4096), fast) if trained]
+    return [text for text, trained in parts(encode(conversation, fast), fast) if trained]
 
 
 SYSTEM: Message = {"role": "system", "content": "Be kind."}
@@ -126,7 +131,7 @@ MULTI = [HI, FINE, WHAT, BECAUSE]
 @pytest.mark.parametrize("template", [CHATML, CHATML_PLAIN, CHATML_OPEN_BLOCK], ids=["tagged", "plain", "open"])
 def test_chatml_trains_each_answer_and_its_end_and_nothing_else(trained_tokenizer: Tokenizer, template: str) -> None:
     fast = with_template(trained_tokenizer, template)
-    assert parts(encode([SYSTEM, *MULTI], fast, max_length=4096), fast) == [
+    assert parts(encode([SYSTEM, *MULTI], fast), fast) == [
         (
             "<|im_start|>system\nBe kind.<|im_end|>\n<|im_start|>user\nHi there<|im_end|>\n<|im_start|>assistant\n",
             False,
@@ -140,7 +145,7 @@ def test_chatml_trains_each_answer_and_its_end_and_nothing_else(trained_tokenize
 
 def test_llama3_trains_each_answer_and_its_end_and_nothing_else(trained_tokenizer: Tokenizer) -> None:
     fast = with_template(trained_tokenizer, LLAMA3)
-    assert parts(encode(MULTI, fast, max_length=4096), fast) == [
+    assert parts(encode(MULTI, fast), fast) == [
         (
             "<s><|start_header_id|>user<|end_header_id|>\n\nHi there<|eot_id|>"
             "<|start_header_id|>assistant<|end_header_id|>\n\n",
@@ -158,7 +163,7 @@ def test_llama3_trains_each_answer_and_its_end_and_nothing_else(trained_tokenize
 
 def test_gemma_with_a_merged_system_turn_trains_each_answer_and_its_end(trained_tokenizer: Tokenizer) -> None:
     fast = with_template(trained_tokenizer, GEMMA)
-    assert parts(encode([SYSTEM, *MULTI], fast, max_length=4096), fast) == [
+    assert parts(encode([SYSTEM, *MULTI], fast), fast) == [
         ("<s><start_of_turn>user\nBe kind.\n\nHi there<end_of_turn>\n<start_of_turn>model\n", False),
         ("Fine, you?<end_of_turn>", True),
         ("\n<start_of_turn>user\nWhy?\nTell me 😀<end_of_turn>\n<start_of_turn>model\n", False),
@@ -169,7 +174,7 @@ def test_gemma_with_a_merged_system_turn_trains_each_answer_and_its_end(trained_
 
 def test_mistral_that_moves_the_system_turn_trains_each_answer_and_its_end(trained_tokenizer: Tokenizer) -> None:
     fast = with_template(trained_tokenizer, MISTRAL)
-    assert parts(encode([SYSTEM, *MULTI], fast, max_length=4096), fast) == [
+    assert parts(encode([SYSTEM, *MULTI], fast), fast) == [
         ("<s>[INST] Hi there[/INST]", False),
         (" Fine, you?</s>", True),
         ("[INST] Be kind.\n\nWhy?\nTell me 😀[/INST]", False),
@@ -219,7 +224,7 @@ def test_answers_of_spaces_and_emoji_are_trained_to_their_last_byte(trained_toke
     for content in ("\n\nindented", "ends in space  ", "\t", "👩‍👩‍👧", "é\u0301", "﷽"):
         conversation: Conversation = [HI, {"role": "assistant", "content": content}]
         fast = with_template(trained_tokenizer, CHATML_PLAIN)
-        example = encode(conversation, fast, max_length=4096)
+        example = encode(conversation, fast)
         # A newline may merge with the header's own; the token is trained then, as part of the answer.
         assert fast.decode(example.input_ids[example.trained]).lstrip("\n") == (content + "<|im_end|>").lstrip("\n")
 
@@ -228,55 +233,44 @@ def test_no_start_token_is_doubled(trained_tokenizer: Tokenizer) -> None:
     fast = with_template(trained_tokenizer, LLAMA3)
     start = fast.convert_tokens_to_ids("<s>")
     assert fast("x")["input_ids"][0] == start, "this tokenizer adds one by itself"
-    assert encode(SINGLE, fast, max_length=99).input_ids.tolist().count(start) == 1
-    assert prompt_ids(fast, [HI]).count(start) == 1
+    assert encode(SINGLE, fast).input_ids.tolist().count(start) == 1
+    assert prompt_ids(fast, template_of(fast), [HI]).count(start) == 1
 
 
 def test_a_prompt_is_the_start_of_the_example_it_is_trained_on(trained_tokenizer: Tokenizer) -> None:
     for template in (CHATML, CHATML_PLAIN, LLAMA3, GEMMA, MISTRAL, PHI):
         fast = with_template(trained_tokenizer, template)
-        example = encode(SINGLE, fast, max_length=4096)
-        prompt = prompt_ids(fast, [HI])
+        example = encode(SINGLE, fast)
+        prompt = prompt_ids(fast, template_of(fast), [HI])
         assert example.input_ids[: len(prompt)].tolist() == prompt
         assert not example.trained[: len(prompt)].any()
         assert example.trained[len(prompt)]
-
-
-def test_truncation_cuts_the_end_and_says_so(trained_tokenizer: Tokenizer) -> None:
-    fast = with_template(trained_tokenizer, CHATML)
-    whole = encode(MULTI, fast, max_length=4096)
-    total = len(whole.input_ids)
-    for length in (1, total - 1, total, total + 1):
-        cut = encode(MULTI, fast, max_length=length)
-        assert cut.input_ids.tolist() == whole.input_ids[:length].tolist()
-        assert cut.trained.tolist() == whole.trained[:length].tolist()
-        assert cut.truncated == (length < total)
 
 
 def test_truncation_left_in_a_tokenizer_file_does_not_cut(trained_tokenizer: Tokenizer) -> None:
     copy = Tokenizer.from_str(trained_tokenizer.to_str())
     copy.enable_truncation(5)
     fast = with_template(copy, CHATML)
-    expected = encode(MULTI, with_template(trained_tokenizer, CHATML), max_length=4096)
-    assert encode(MULTI, fast, max_length=4096).input_ids.tolist() == expected.input_ids.tolist()
+    expected = encode(MULTI, with_template(trained_tokenizer, CHATML))
+    assert encode(MULTI, fast).input_ids.tolist() == expected.input_ids.tolist()
 
 
 def test_the_date_in_a_template_is_the_same_on_every_day(trained_tokenizer: Tokenizer) -> None:
     dated = "{% if date_string is not defined %}{{ strftime_now('%f') }}{% endif %}{{ date_string }}" + CHATML_PLAIN
     fast = with_template(trained_tokenizer, dated)
-    assert fast.decode(encode(SINGLE, fast, max_length=999).input_ids).startswith("26 Jul 2024<|im_start|>")
+    assert fast.decode(encode(SINGLE, fast).input_ids).startswith("26 Jul 2024<|im_start|>")
 
 
 def refusal(tokenizer: Any, conversation: Conversation) -> str:
     with pytest.raises(TrainingError) as caught:
-        encode(conversation, tokenizer, max_length=4096)
+        encode(conversation, tokenizer)
     return caught.value.reason
 
 
 def test_a_tokenizer_without_a_template_is_refused_unless_it_speaks_chatml(trained_tokenizer: Tokenizer) -> None:
     fast = with_template(trained_tokenizer, None)
     assert trained_of(CHATML, MULTI, trained_tokenizer) == [
-        text for text, trained in parts(encode(MULTI, fast, max_length=4096), fast) if trained
+        text for text, trained in parts(encode(MULTI, fast), fast) if trained
     ]
     bare = Tokenizer(models.BPE(vocab={"a": 0}, merges=[]))
     assert refusal(_FAST(tokenizer_object=bare), SINGLE) == "TEMPLATE_MISSING"
@@ -297,8 +291,9 @@ def test_a_template_that_refuses_a_row_or_does_not_parse_is_an_error_with_its_wo
     strict = "{% if messages[0].role == 'system' %}{{ raise_exception('no system turns') }}{% endif %}" + CHATML_PLAIN
     fast = with_template(trained_tokenizer, strict)
     with pytest.raises(TrainingError, match="no system turns"):
-        encode([SYSTEM, *SINGLE], fast, max_length=99)
-    for broken in ("{% for %}", "{{ messages.nothing.more }}", "{{ 1 / 0 }}", "{{ ''.__class__.__mro__ }}"):
+        encode([SYSTEM, *SINGLE], fast)
+    assert refusal(with_template(trained_tokenizer, "{% for %}"), SINGLE) == "TEMPLATE_INVALID"
+    for broken in ("{{ messages.nothing.more }}", "{{ 1 / 0 }}", "{{ ''.__class__.__mro__ }}"):
         assert refusal(with_template(trained_tokenizer, broken), SINGLE) == "DATASET_INVALID"
 
 
@@ -321,7 +316,7 @@ def test_masks_equal_those_of_transformers_on_trls_training_templates(
     fast = with_template(trained_tokenizer, (TRL_TEMPLATES / f"{family}_training.jinja").read_text())
     for conversation in (SINGLE, [*SINGLE, HI, FINE], [*SINGLE, HI, FINE, HI]):
         expected = fast.apply_chat_template(conversation, return_dict=True, return_assistant_tokens_mask=True)
-        example = encode(conversation, fast, max_length=4096)
+        example = encode(conversation, fast)
         assert example.input_ids.tolist() == expected["input_ids"]
         # Where a template leaves the end of a turn out of its block, it is trained here none the less.
         assert example.trained.tolist()[: len(expected["assistant_masks"])] == with_turn_ends(
@@ -345,7 +340,7 @@ def test_a_published_template_without_blocks_trains_what_trls_variant_of_it_trai
     variant = with_template(trained_tokenizer, (TRL_TEMPLATES / f"{family}_training.jinja").read_text())
     compared = 0
     for conversation in (SINGLE, [*SINGLE, HI, FINE], [*SINGLE, HI, FINE, HI]):
-        ours, theirs = (encode(conversation, tokenizer, max_length=4096) for tokenizer in (original, variant))
+        ours, theirs = (encode(conversation, tokenizer) for tokenizer in (original, variant))
         if ours.input_ids.tolist() != theirs.input_ids.tolist():
             continue  # the variant changes the text as well
         compared += 1

@@ -1,12 +1,9 @@
-"""Tokenised rows: what is kept, when it is made again, and what two trainers, damage and full disks do to it."""
+"""Tokenised rows: what is made of a file, what is found, and when it is made again."""
 
-import errno
 import json
 import os
 import shutil
-import subprocess
-import sys
-import time
+from collections.abc import Iterable
 from pathlib import Path
 from typing import Any
 
@@ -15,11 +12,17 @@ import pytest
 from transformers import AutoTokenizer
 
 from luthier.trainer.v1 import task_pb2
-from luthier.v1 import event_pb2
+from luthier.v1 import dataset_pb2, dataset_report_pb2, event_pb2
 from luthier_trainer.data import tokenised
-from luthier_trainer.data.formats import Conversation
-from luthier_trainer.data.render import encode, template_sha256
-from luthier_trainer.data.tokenised import TokenisedRows, load
+from luthier_trainer.data.leakage import leakage
+from luthier_trainer.data.masking import Masking, TrainOn
+from luthier_trainer.data.options import Options
+from luthier_trainer.data.overlong import Overlong
+from luthier_trainer.data.records import Conversation, Passage
+from luthier_trainer.data.render import tokenise
+from luthier_trainer.data.spans import render
+from luthier_trainer.data.template import template_of
+from luthier_trainer.data.tokenised import TokenisedRows, require_trainable
 from luthier_trainer.errors import TrainingError
 from luthier_trainer.inspect import BUILTIN
 from luthier_trainer.report import Payload
@@ -58,39 +61,73 @@ def chats(count: int) -> list[Conversation]:
     ]
 
 
+def write(path: Path, rows: Iterable[Any], sha256: str = "ab" * 32) -> task_pb2.DatasetSource:
+    lines = [json.dumps(row) + "\n" for row in rows]
+    path.write_text("".join(lines))
+    return task_pb2.DatasetSource(path=str(path), sha256=sha256, rows=len(lines))
+
+
 def source_of(path: Path, conversations: list[Conversation], sha256: str = "ab" * 32) -> task_pb2.DatasetSource:
-    path.write_text("".join(json.dumps({"messages": turns}) + "\n" for turns in conversations))
-    return task_pb2.DatasetSource(path=str(path), sha256=sha256, rows=len(conversations))
+    return write(path, ({"messages": turns} for turns in conversations), sha256)
 
 
-def tokens(rows: TokenisedRows) -> list[tuple[list[int], list[bool], bool]]:
-    examples = [rows.example(index) for index in range(len(rows))]
-    return [(e.input_ids.tolist(), e.trained.tolist(), e.truncated) for e in examples]
+Tokens = list[tuple[list[int], list[bool]]]
 
 
-def load_from(source: task_pb2.DatasetSource, tokenizer: Any, cache: Path, max_length: int = 1024) -> TokenisedRows:
-    return load(source, tokenizer, max_length=max_length, cache_dir=cache, reporter=Recorder())
+def tokens(rows: TokenisedRows) -> list[Tokens]:
+    return [[(e.input_ids.tolist(), e.trained.tolist()) for e in rows.examples(index)] for index in range(len(rows))]
+
+
+def load_from(
+    source: task_pb2.DatasetSource,
+    tokenizer: Any,
+    folder: Path,
+    max_length: int = 1024,
+    *,
+    overlong: Overlong = Overlong.TRUNCATE,
+    masking: Masking | None = None,
+    recorder: Recorder | None = None,
+    cache_max_bytes: int = 0,
+) -> TokenisedRows:
+    return tokenised.load(
+        source,
+        tokenizer,
+        template_of(tokenizer),
+        Options(max_length, overlong, masking or Masking()),
+        cache_dir=folder,
+        cache_max_bytes=cache_max_bytes,
+        reporter=recorder or Recorder(),
+    )
+
+
+def found(rows: TokenisedRows, code: str) -> list[dataset_report_pb2.Finding]:
+    return [each for each in rows.report.findings if each.code == code]
 
 
 def test_rows_equal_each_conversation_encoded_alone(tmp_path: Path, tokenizer: Any) -> None:
     conversations = chats(700)
     rows = load_from(source_of(tmp_path / "rows.jsonl", conversations), tokenizer, tmp_path, max_length=40)
-    alone = [encode(each, tokenizer, max_length=40) for each in conversations]
-    assert tokens(rows) == [(e.input_ids.tolist(), e.trained.tolist(), e.truncated) for e in alone]
-    assert rows.lengths.tolist() == [len(e.input_ids) for e in alone]
-    assert rows.scored.tolist() == [int(e.trained[1:].sum()) for e in alone]
+    template = template_of(tokenizer)
+    alone: list[Tokens] = []
+    for each in conversations:
+        (example,) = tokenise([render(Passage(messages=each), template, Masking())], tokenizer)
+        ids, trained = example.input_ids.tolist()[:40], example.trained.tolist()[:40]
+        alone.append([(ids, trained)] if any(trained[1:]) else [])
+    assert tokens(rows) == alone
+    assert rows.lengths.tolist() == [max((len(ids) for ids, _ in each), default=0) for each in alone]
+    assert rows.scored.tolist() == [sum(sum(trained[1:]) for _, trained in each) for each in alone]
     assert rows.lengths.dtype == rows.scored.dtype == np.dtype(np.int64)
-    assert rows.truncated == sum(e.truncated for e in alone) > 0
-    assert rows.template_sha256 == template_sha256(tokenizer)
+    assert rows.lines.tolist() == list(range(1, 701))
+    assert 0 < rows.truncated < 700
     for outside in (-1, 700):
         with pytest.raises(IndexError):
-            rows.example(outside)
+            rows.examples(outside)
 
 
 def test_an_example_may_be_written_to_without_touching_the_cache(tmp_path: Path, tokenizer: Any) -> None:
     rows = load_from(source_of(tmp_path / "rows.jsonl", chats(3)), tokenizer, tmp_path)
     before = tokens(rows)
-    example = rows.example(1)
+    (example,) = rows.examples(1)
     example.input_ids[:] = 0
     example.trained[:] = True
     assert tokens(rows) == before
@@ -102,7 +139,7 @@ def test_the_first_token_is_never_scored(tmp_path: Path, tokenizer: Any) -> None
         "{% generation %}{{ m.content }}<|im_end|>{% endgeneration %}{% endfor %}"
     )
     rows = load_from(source_of(tmp_path / "rows.jsonl", chats(3)), tokenizer, tmp_path)
-    assert rows.example(0).trained.all()
+    assert rows.examples(0)[0].trained.all()
     assert rows.scored.tolist() == (rows.lengths - 1).tolist()
 
 
@@ -121,11 +158,14 @@ def test_a_padded_or_truncating_call_in_between_does_not_lose_the_cache(tmp_path
     load_from(source, tokenizer, tmp_path)
 
 
-@pytest.mark.parametrize("changed", ["template", "tokenizer", "max_length", "dataset"])
+@pytest.mark.parametrize(
+    "changed", ["template", "tokenizer", "max_length", "dataset", "reading", "overlong", "train_on"]
+)
 def test_the_rows_are_made_again_when_what_they_depend_on_changes(tmp_path: Path, tokenizer: Any, changed: str) -> None:
-    source = source_of(tmp_path / "rows.jsonl", chats(5))
-    first = tokens(load_from(source, tokenizer, tmp_path))
-    max_length = 1024
+    source = source_of(tmp_path / "rows.jsonl", chats(25))
+    first = load_from(source, tokenizer, tmp_path, 30)
+    changes: dict[str, Any] = {}
+    max_length = 30
     match changed:
         case "template":
             tokenizer.chat_template = "New." + str(tokenizer.chat_template)
@@ -135,7 +175,15 @@ def test_the_rows_are_made_again_when_what_they_depend_on_changes(tmp_path: Path
             max_length = 24
         case "dataset":
             source = source_of(tmp_path / "rows.jsonl", chats(6), sha256="cd" * 32)
-    assert tokens(load_from(source, tokenizer, tmp_path, max_length)) != first
+        case "reading":
+            write(tmp_path / "rows.jsonl", ({"a": f"q {n}", "completion": "c"} for n in range(25)))
+            source.reading.columns["prompt"] = "a"
+        case "overlong":
+            changes["overlong"] = Overlong.DROP
+        case "train_on":
+            changes["masking"] = Masking(TrainOn.ALL_TOKENS)
+    assert tokens(load_from(source, tokenizer, tmp_path, max_length, **changes)) != tokens(first)
+    assert len(list((tmp_path / "tokenised").iterdir())) == 2
 
 
 def test_without_a_hash_the_file_itself_is_hashed(tmp_path: Path, tokenizer: Any) -> None:
@@ -164,77 +212,21 @@ def test_a_damaged_cache_is_made_again(tmp_path: Path, tokenizer: Any, damage: s
     assert [path.name for path in (tmp_path / "tokenised").iterdir()] == [kept.name]
 
 
-SCRIPT = """
-import sys
-from pathlib import Path
-from luthier.trainer.v1 import task_pb2
-from transformers import AutoTokenizer
-from luthier_trainer.data import tokenised
-from luthier_trainer.inspect import BUILTIN
-
-class Silent:
-    def report(self, payload, *, durable=False): pass
-
-source = task_pb2.DatasetSource(path=sys.argv[1], rows=600)
-tokenizer = AutoTokenizer.from_pretrained(BUILTIN / "tiny")
-move = tokenised._move
-
-def move_when_told(*arguments):
-    print("built", flush=True)
-    sys.stdin.readline()
-    move(*arguments)
-
-if sys.argv[3:] == ["wait"]:
-    tokenised._move = move_when_told
-rows = tokenised.load(source, tokenizer, max_length=64, cache_dir=Path(sys.argv[2]), reporter=Silent())
-if sys.argv[3:] == ["wait"]:
-    print(len(rows), rows.lengths.sum(), rows.scored.sum(), flush=True)
-"""
-
-
-def test_two_processes_that_build_at_once_agree_and_leave_one_copy(tmp_path: Path, tokenizer: Any) -> None:
-    source = source_of(tmp_path / "rows.jsonl", chats(600), sha256="")
-    command = [sys.executable, "-c", SCRIPT, source.path, str(tmp_path), "wait"]
-    processes = [subprocess.Popen(command, stdin=subprocess.PIPE, stdout=subprocess.PIPE, text=True) for _ in range(2)]
-    try:
-        for process in processes:
-            assert process.stdout is not None
-            assert process.stdout.readline() == "built\n"
-        assert len(list((tmp_path / "tokenised").iterdir())) == 2, "each has built a copy aside"
-        answers = [process.communicate("go\n", timeout=60)[0] for process in processes]
-    finally:
-        for process in processes:
-            process.kill()
-            process.wait()
-    assert [process.returncode for process in processes] == [0, 0]
-    rows = load_from(source, tokenizer, tmp_path, max_length=64)
-    assert answers == [f"{len(rows)} {rows.lengths.sum()} {rows.scored.sum()}\n"] * 2
-    assert [path.name[0] != "." for path in (tmp_path / "tokenised").iterdir()] == [True]
-
-
-def test_what_a_killed_trainer_left_is_swept_after_a_day(tmp_path: Path, tokenizer: Any) -> None:
-    old, young = tmp_path / "tokenised" / ".old", tmp_path / "tokenised" / ".young"
-    for path in (old, young):
-        path.mkdir(parents=True)
-    os.utime(old, (time.time() - 2 * 86400,) * 2)
-    load_from(source_of(tmp_path / "rows.jsonl", chats(2)), tokenizer, tmp_path)
-    assert (old.exists(), young.exists()) == (False, True)
-
-
 def test_progress_is_told_at_most_twice_a_second_and_at_the_end(
     tmp_path: Path, tokenizer: Any, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     source = source_of(tmp_path / "rows.jsonl", chats(2000))
     clock = iter(range(10_000))
-    monkeypatch.setattr("luthier_trainer.data.tokenised.time.monotonic", lambda: next(clock) * 0.3)
     recorder = Recorder()
-    load(source, tokenizer, max_length=99, cache_dir=tmp_path, reporter=recorder)
+    with monkeypatch.context() as patch:
+        patch.setattr("luthier_trainer.data.conversion._monotonic", lambda: next(clock) * 0.3)
+        load_from(source, tokenizer, tmp_path, recorder=recorder)
     # A batch of 256 rows takes 0.3 s by this clock, so every second batch is told.
     assert recorder.completed() == [512, 1024, 1536, 2000, 2000]
     (last,) = {p.total for p in recorder.payloads if isinstance(p, event_pb2.PhaseProgressed)}
     assert last == 2000
     again = Recorder()
-    load(source, tokenizer, max_length=99, cache_dir=tmp_path, reporter=again)
+    load_from(source, tokenizer, tmp_path, recorder=again)
     assert again.completed() == [2000]
 
 
@@ -245,31 +237,41 @@ def test_rows_that_train_nothing_keep_their_place_and_are_warned_of(tmp_path: Pa
     source = source_of(tmp_path / "rows.jsonl", conversations)
     for _ in range(2):  # made, and then from the cache
         recorder = Recorder()
-        rows = load(source, tokenizer, max_length=100, cache_dir=tmp_path, reporter=recorder)
+        rows = load_from(source, tokenizer, tmp_path, 100)
+        require_trainable(rows, recorder)
         assert len(rows) == 30
         assert [index for index, scored in enumerate(rows.scored) if not scored] == [4, 17]
-        (warning,) = recorder.warnings()
-        assert warning.startswith("2 of 30 rows train nothing")
-        assert warning.endswith("Lines 5, 18.")
+        assert rows.examples(4) == []
+        assert [each.line for each in found(rows, "NOTHING_TRAINED")] == [5, 18]
+        assert [each.line for each in found(rows, "ROW_TOO_LONG")] == [5, 18]
+        too_long, untrained = recorder.warnings()
+        assert too_long.startswith("2 of 30 rows are longer than 100 tokens (max_length) and are cut off at their end")
+        assert untrained == "2 of 30 rows train nothing. Lines 5, 18."
 
 
 def test_a_dataset_that_trains_nothing_at_all_is_refused(tmp_path: Path, tokenizer: Any) -> None:
     source = source_of(tmp_path / "rows.jsonl", chats(12))
     for _ in range(2):
-        with pytest.raises(TrainingError, match=r"Lines 1, 2, 3, 4, 5, 6, 7, 8, 9, 10, \.\.\.") as caught:
-            load_from(source, tokenizer, tmp_path, max_length=4)
+        rows = load_from(source, tokenizer, tmp_path, 4)
+        with pytest.raises(TrainingError, match="No row trains anything") as caught:
+            require_trainable(rows, Recorder())
         assert caught.value.reason == "DATASET_INVALID"
+        assert rows.report.statistics.examples == rows.report.statistics.tokens == 0
 
 
-def test_wrong_rows_are_named_by_line_ten_at_most(tmp_path: Path, tokenizer: Any) -> None:
+def test_all_wrong_rows_are_in_the_report_and_ten_in_the_error(tmp_path: Path, tokenizer: Any) -> None:
     source = source_of(tmp_path / "rows.jsonl", chats(600))
     with open(source.path, "a") as file:
         file.write("{}\n" + "not json\n" * 20)
-    with pytest.raises(TrainingError, match="line 601: The row has no keys") as caught:
-        load_from(source, tokenizer, tmp_path)
-    assert caught.value.reason == "DATASET_INVALID"
-    assert caught.value.message.count("line ") == 10
-    assert list((tmp_path / "tokenised").iterdir()) == []
+    for _ in range(2):
+        rows = load_from(source, tokenizer, tmp_path)
+        errors = [each for each in rows.report.findings if each.level == dataset_report_pb2.FINDING_LEVEL_ERROR]
+        assert [each.line for each in errors] == list(range(601, 622))
+        assert rows.report.statistics.examples == 600
+        with pytest.raises(TrainingError, match="21 errors, the first of them: line 601: ") as caught:
+            require_trainable(rows, Recorder())
+        assert caught.value.reason == "DATASET_INVALID"
+        assert caught.value.message.count("line 6") == 10
 
 
 def test_rows_that_the_template_refuses_are_named_by_line(tmp_path: Path, tokenizer: Any) -> None:
@@ -277,39 +279,107 @@ def test_rows_that_the_template_refuses_are_named_by_line(tmp_path: Path, tokeni
         "{% if 'Question 7' in messages[0].content %}{{ raise_exception('not seven') }}{% endif %}"
         + str(tokenizer.chat_template)
     )
-    with pytest.raises(TrainingError, match=r"line 8: .*not seven"):
-        load_from(source_of(tmp_path / "rows.jsonl", chats(20)), tokenizer, tmp_path)
+    rows = load_from(source_of(tmp_path / "rows.jsonl", chats(20)), tokenizer, tmp_path)
+    with pytest.raises(TrainingError, match=r"^DATASET_INVALID: line 8: .*not seven"):
+        require_trainable(rows, Recorder())
+    assert rows.examples(7) == []
+    assert len(rows) == 20
 
 
-def test_a_full_disk_is_its_own_error_and_leaves_nothing_behind(
-    tmp_path: Path, tokenizer: Any, monkeypatch: pytest.MonkeyPatch
-) -> None:
-    def full(_: Path) -> None:
-        raise OSError(errno.ENOSPC, "No space left on device")
+def test_the_cache_stays_within_its_limit_and_keeps_what_is_in_use(tmp_path: Path, tokenizer: Any) -> None:
+    def names() -> set[str]:
+        return {path.name for path in (tmp_path / "tokenised").iterdir()}
 
-    monkeypatch.setattr(tokenised, "_sync", full)
+    def load_number(number: int) -> TokenisedRows:
+        source = source_of(tmp_path / f"{number}.jsonl", chats(100), sha256=f"{number:064x}")
+        return load_from(source, tokenizer, tmp_path, cache_max_bytes=1)
+
+    held = load_number(1)
+    before = tokens(held)
+    assert len(names()) == 1, "what was just made is in use"
+    second = load_number(2)
+    assert len(names()) == 2
+    del second
+    third = load_number(3)
+    assert len(names()) == 2, "the second was used by nobody"
+    assert tokens(held) == before
+    del held, third
+
+
+PREFERENCE = {"prompt": "Say a word.", "chosen": "Yes, gladly.", "rejected": "No."}
+
+
+def test_preference_data_has_a_report_of_all_its_tokens_and_no_job_trains_on_it(tmp_path: Path, tokenizer: Any) -> None:
+    rows = load_from(write(tmp_path / "rows.jsonl", [PREFERENCE] * 3), tokenizer, tmp_path)
+    assert (rows.report.statistics.rows, rows.report.statistics.examples) == (3, 6)
+    assert rows.report.statistics.trained_tokens > 0
+    assert not rows.report.findings or rows.report.findings[0].level != dataset_report_pb2.FINDING_LEVEL_ERROR
+    with pytest.raises(TrainingError, match="not offered yet") as caught:
+        require_trainable(rows, Recorder())
+    assert caught.value.reason == "DATASET_NOT_FOR_OBJECTIVE"
+
+
+def test_prompts_alone_have_a_report_of_their_tokens(tmp_path: Path, tokenizer: Any) -> None:
+    source = write(tmp_path / "rows.jsonl", [{"prompt": f"What is {n} + 1?", "answer": str(n + 1)} for n in range(3)])
+    rows = load_from(source, tokenizer, tmp_path)
+    assert rows.report.statistics.tokens > 0
+    assert rows.report.statistics.trained_tokens == 0
+    assert all(each.level != dataset_report_pb2.FINDING_LEVEL_ERROR for each in rows.report.findings)
     with pytest.raises(TrainingError) as caught:
-        load_from(source_of(tmp_path / "rows.jsonl", chats(5)), tokenizer, tmp_path)
-    assert (caught.value.reason, caught.value.retryable) == ("STORAGE_FULL", True)
-    assert list((tmp_path / "tokenised").iterdir()) == []
+        require_trainable(rows, Recorder())
+    assert caught.value.reason == "DATASET_NOT_FOR_OBJECTIVE"
 
 
-def test_nothing_is_printed_or_written_outside_the_cache(tmp_path: Path) -> None:
-    home, cache = tmp_path / "home", tmp_path / "cache"
-    home.mkdir()
-    source = source_of(tmp_path / "rows.jsonl", chats(600))
-    environment = {name: value for name, value in os.environ.items() if not name.startswith(("HF_", "XDG_"))}
-    done = subprocess.run(
-        [sys.executable, "-c", SCRIPT, source.path, str(cache)],
-        env=environment | {"HOME": str(home)},
-        cwd=home,
-        capture_output=True,
-        timeout=120,
-        check=False,
+def test_the_counts_of_a_report_add_up_to_every_token_of_every_row(tmp_path: Path, tokenizer: Any) -> None:
+    conversations = chats(60)
+    uncut = load_from(source_of(tmp_path / "rows.jsonl", conversations), tokenizer, tmp_path).report.statistics
+    assert uncut.overlong_rows == uncut.lost_tokens == 0
+    assert sum(uncut.tokens_by_role.values()) == uncut.tokens
+    assert set(uncut.tokens_by_role) >= {"user", "assistant"}
+    assert sum(each.rows for each in uncut.lengths) == uncut.rows == 60
+    assert uncut.lengths[-1].up_to >= uncut.longest > uncut.lengths[-1].up_to // 2
+    for policy in (Overlong.TRUNCATE, Overlong.DROP, Overlong.SPLIT):
+        rows = load_from(source_of(tmp_path / "rows.jsonl", conversations), tokenizer, tmp_path, 30, overlong=policy)
+        statistics = rows.report.statistics
+        assert statistics.overlong_rows > 0
+        assert statistics.tokens + statistics.lost_tokens == uncut.tokens
+        assert sum(statistics.tokens_by_role.values()) == statistics.tokens
+        made = [example for index in range(60) for example in rows.examples(index)]
+        assert statistics.examples == len(made)
+        assert statistics.tokens == sum(len(example.input_ids) for example in made)
+        assert statistics.trained_tokens == rows.scored.sum() == sum(example.trained[1:].sum() for example in made)
+        assert (statistics.longest, statistics.lengths) == (uncut.longest, uncut.lengths)
+
+
+def test_texts_need_no_chat_turns_and_every_token_of_theirs_is_trained(tmp_path: Path, tokenizer: Any) -> None:
+    rows = load_from(
+        write(tmp_path / "rows.jsonl", [{"text": f"Once upon a time {n}."} for n in range(5)]), tokenizer, tmp_path
     )
-    assert (done.returncode, done.stdout, done.stderr) == (0, b"", b"")
-    assert list(home.rglob("*")) == []
-    assert sorted(path.name for path in cache.rglob("*") if path.is_file()) == ["counts.json", "rows.arrow"]
+    assert rows.scored.tolist() == (rows.lengths - 1).tolist()
+    assert rows.report.template_sha256 == ""
+    assert rows.report.tokenization.train_on
+
+
+def test_rows_of_the_validation_data_that_are_trained_on_are_found(tmp_path: Path, tokenizer: Any) -> None:
+    conversations = chats(50)
+    other: list[Conversation] = [[conversations[7][0], {"role": "assistant", "content": "Another answer."}]]
+    fresh: list[Conversation] = [
+        [{"role": "user", "content": "Never asked."}, {"role": "assistant", "content": "It is 3 😀"}]
+    ]
+    training = load_from(source_of(tmp_path / "a.jsonl", conversations), tokenizer, tmp_path)
+    held = [*fresh, conversations[31], *other]
+    validation = load_from(source_of(tmp_path / "b.jsonl", held, "cd" * 32), tokenizer, tmp_path)
+    leaks = [(line, problem.code, problem.message) for line, problem in leakage(training, validation)]
+    assert leaks == [
+        (2, "LEAKAGE", "Validation line 2 is training line 32 too."),
+        (3, "SAME_PROMPT_LEAKAGE", "Validation line 3 has the same prompt as training line 8, with another answer."),
+    ]
+
+
+def test_texts_without_a_prompt_do_not_leak_by_an_empty_one(tmp_path: Path, tokenizer: Any) -> None:
+    training = load_from(write(tmp_path / "a.jsonl", [{"text": "One."}, {"text": "Two."}]), tokenizer, tmp_path)
+    validation = load_from(write(tmp_path / "b.jsonl", [{"text": "Three."}], "cd" * 32), tokenizer, tmp_path)
+    assert list(leakage(training, validation)) == []
 
 
 def test_the_alpaca_sample_trains_its_outputs(tmp_path: Path, tokenizer: Any) -> None:
@@ -318,8 +388,9 @@ def test_the_alpaca_sample_trains_its_outputs(tmp_path: Path, tokenizer: Any) ->
         pytest.skip("alpaca_en_demo.json is not here")
     originals = json.loads(path.read_text())
     source = task_pb2.DatasetSource(path=str(path), rows=len(originals))
+    source.reading.format = dataset_pb2.DATASET_FORMAT_INSTRUCTION
     rows = load_from(source, tokenizer, tmp_path, max_length=100_000)
     assert len(rows) == len(originals)
     for index in range(0, len(originals), 50):
-        example = rows.example(index)
+        (example,) = rows.examples(index)
         assert tokenizer.decode(example.input_ids[example.trained]) == originals[index]["output"] + "<|im_end|>"

@@ -20,6 +20,10 @@ from luthier.v1 import event_pb2
 from luthier_trainer import checkpoint, durable, inspect, sft
 from luthier_trainer.control import NoControl
 from luthier_trainer.data import tokenised
+from luthier_trainer.data.masking import Masking
+from luthier_trainer.data.options import Options
+from luthier_trainer.data.overlong import Overlong
+from luthier_trainer.data.template import template_of
 from luthier_trainer.errors import TrainingError
 from luthier_trainer.model import load_tokenizer
 
@@ -133,7 +137,9 @@ def test_a_tokenised_dataset_in_use_is_not_dropped_and_one_out_of_use_is(tmp_pat
     source = task_pb2.DatasetSource(path=str(chats(tmp_path / "chats.jsonl")))
 
     def load() -> tokenised.TokenisedRows:
-        return tokenised.load(source, tokenizer, max_length=64, cache_dir=tmp_path, reporter=Recorder())
+        options = Options(64, Overlong.TRUNCATE, Masking())
+        template = template_of(tokenizer)
+        return tokenised.load(source, tokenizer, template, options, cache_dir=tmp_path, reporter=Recorder())
 
     rows = load()
     program = (
@@ -217,11 +223,10 @@ def test_a_machine_that_runs_out_of_memory_goes_on_in_smaller_micro_batches_to_t
         )
         assert done.returncode == 0, done.stderr[-2000:]
         found.append(done.stdout.splitlines())
-    straight, squeezed = found
-    logs = [line for line in squeezed if line.startswith("log")]
-    assert logs
-    assert all("out of memory: micro-batches have" in line for line in logs)
-    assert not [line for line in straight if line.startswith("log")]
+    logs = [[line for line in each if line.startswith("log")] for each in found]
+    assert all("are cut off at their end" in line for line in logs[0])
+    assert len(logs[1]) > len(logs[0])
+    assert all("out of memory: micro-batches have" in line for line in logs[1] if line not in logs[0])
     losses = [[float.fromhex(line.split()[1]) for line in each if line.startswith("loss")] for each in found]
     assert len(losses[0]) == 2
     assert losses[1] == pytest.approx(losses[0], rel=1e-5)

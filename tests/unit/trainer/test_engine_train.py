@@ -244,15 +244,18 @@ def test_throughput_counts_the_last_seconds_of_steps_alone() -> None:
     assert throughput.tokens_per_second == pytest.approx(150.0)
 
 
-def test_a_step_of_rows_that_were_cut_before_their_answer_is_made_without_a_loss(
+def test_a_step_of_rows_that_were_cut_before_their_answer_is_made_without_a_loss_or_an_update(
     tmp_path: Path, base: Path, data: Path
 ) -> None:
     turns = [{"role": "user", "content": "Count. " * 60}, {"role": "assistant", "content": "one"}]
     with open(data, "a", encoding="utf-8") as file:
         file.write(json.dumps({"messages": turns}) + "\n")
     recorder = Recorder()
-    sft.train(task(tmp_path, base, data, epochs=1.0, batch_size=1, max_length=64), recorder, NoControl())
+    end = sft.train(task(tmp_path, base, data, epochs=1.0, batch_size=1, max_length=64), recorder, NoControl())
+    assert isinstance(end, report_pb2.Finished)
+    assert (end.step, end.metrics["empty_steps"]) == (11, 1)
     losses = [each.loss for each in recorder.steps()]
-    assert len(losses) == 11
-    assert sorted(losses)[0] == 0.0
-    assert all(loss > 0 for loss in sorted(losses)[1:])
+    assert len(losses) == 10
+    assert all(loss > 0 for loss in losses)
+    said = [each.message for each in recorder.reports if isinstance(each, event_pb2.LogEmitted)]
+    assert sum("nothing of row 11 is trained" in each for each in said) == 1

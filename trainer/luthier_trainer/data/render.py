@@ -1,22 +1,35 @@
-"""Conversations to tokens: one rendering path for training, evaluation and generation.
+"""Rendered passages to tokens: one path for training, evaluation, previews and generation.
 
-A conversation is rendered by the tokenizer's own chat template to one text, and the text is tokenised once, without
-special tokens added: a template writes its own start token. Which characters are trained is decided on the text
-(`spans`), and a token is trained when it overlaps them.
+A passage is rendered to one text (`spans`), and the text is tokenised once, without special tokens added: a template
+writes its own start token. A token is trained when it overlaps the characters that are.
 """
 
 import hashlib
 from bisect import bisect_left, bisect_right
 from collections.abc import Sequence
 from dataclasses import dataclass
-from typing import TYPE_CHECKING
+from itertools import chain
+from typing import TYPE_CHECKING, Any
 
 import numpy as np
 import numpy.typing as npt
 
-from luthier_trainer.data.formats import Conversation, Message
-from luthier_trainer.data.spans import Rendered, render
-from luthier_trainer.data.template import Span, template_of
+from luthier_trainer.data.problem import Level, Problem
+from luthier_trainer.data.records import Message
+from luthier_trainer.data.sandbox import Span
+from luthier_trainer.data.spans import Rendered, render, render_text
+from luthier_trainer.data.template import Template, template_of
+
+__all__ = [
+    "Example",
+    "Rendered",
+    "problems",
+    "prompt_ids",
+    "render",
+    "render_text",
+    "template_sha256",
+    "tokenise",
+]
 
 if TYPE_CHECKING:
     from transformers import PreTrainedTokenizerBase
@@ -24,59 +37,93 @@ if TYPE_CHECKING:
 
 @dataclass(frozen=True, slots=True, eq=False)
 class Example:
-    """One tokenised row. input_ids: int32 [tokens]; trained: bool [tokens], the tokens that the loss counts as targets;
-    truncated: whether tokens were cut off at the end."""
+    """One tokenised passage. input_ids: int32 [tokens]; trained: bool [tokens], the tokens that the loss counts as
+    targets."""
 
     input_ids: npt.NDArray[np.int32]
     trained: npt.NDArray[np.bool_]
-    truncated: bool
+    _encoding: Any = None
+
+    @property
+    def offsets(self) -> npt.NDArray[np.int32]:
+        """int32 [tokens, 2]: the characters [start, end) of each token in the text; of an example that `tokenise` made.
+        Made anew each time, at about half the cost of tokenising."""
+        pairs = chain.from_iterable(self._encoding.offsets)
+        return np.fromiter(pairs, np.int32, 2 * len(self.input_ids)).reshape(-1, 2)
 
 
-def template_sha256(tokenizer: "PreTrainedTokenizerBase") -> str:
+def template_sha256(tokenizer: "PreTrainedTokenizerBase", template: Template | None = None) -> str:
     """SHA-256 of the template's source, hexadecimal. Raises as `template_of`."""
-    return hashlib.sha256(template_of(tokenizer).source.encode()).hexdigest()
+    return hashlib.sha256((template or template_of(tokenizer)).source.encode(errors="surrogatepass")).hexdigest()
 
 
-def prompt_ids(tokenizer: "PreTrainedTokenizerBase", messages: Sequence[Message]) -> list[int]:
-    """Token ids of a conversation up to where the model answers. Raises as `template_of` and `render`."""
-    text, _ = template_of(tokenizer).render(messages, prompt=True)
+def prompt_ids(tokenizer: "PreTrainedTokenizerBase", template: Template, prompt: str | Sequence[Message]) -> list[int]:
+    """Token ids of a conversation up to where the model answers. A string is one user turn; for a model without a chat
+    template it is text to go on with. Raises as `Template.render`."""
+    if isinstance(prompt, str) and not template.source:
+        text = template.frame.start + prompt
+    else:
+        turns: Sequence[Message] = [{"role": "user", "content": prompt}] if isinstance(prompt, str) else prompt
+        text, _ = template.render(turns, prompt=True)
     ids: list[int] = tokenizer(text, add_special_tokens=False, verbose=False)["input_ids"]
     return ids
 
 
-def encode(conversation: Conversation, tokenizer: "PreTrainedTokenizerBase", *, max_length: int) -> Example:
-    """Renders and tokenises one conversation, cut at the end to max_length tokens.
-
-    Raises as `template_of` and `render`.
-    """
-    return tokenise([render(conversation, template_of(tokenizer))], tokenizer, max_length=max_length)[0]
-
-
-def tokenise(rendered: Sequence[Rendered], tokenizer: "PreTrainedTokenizerBase", *, max_length: int) -> list[Example]:
-    """Tokenises rendered conversations in one call, each cut at the end to max_length tokens."""
-    batch = tokenizer(
-        [row.text for row in rendered], add_special_tokens=False, return_attention_mask=False, verbose=False
-    )
-    return [
-        _example(encoding.ids, encoding.offsets, row.spans, max_length)
-        for encoding, row in zip(batch.encodings or (), rendered, strict=True)
-    ]
+def tokenise(rendered: Sequence[Rendered], tokenizer: "PreTrainedTokenizerBase") -> list[Example]:
+    """Tokenises rendered passages in one call, uncut."""
+    backend = tokenizer.backend_tokenizer
+    # What a tokenizer's file may ask for, and what earlier calls left behind.
+    backend.no_truncation()
+    backend.no_padding()
+    encodings = backend.encode_batch([row.text for row in rendered], add_special_tokens=False)
+    return [_example(encoding, row.spans) for encoding, row in zip(encodings, rendered, strict=True)]
 
 
-def _example(ids: list[int], offsets: list[Span], spans: tuple[Span, ...], max_length: int) -> Example:
+def _example(encoding: Any, spans: tuple[Span, ...]) -> Example:
     """Trains each token from the first that ends after a span's start to the last that begins before its end. (The
     bytes of one character share its offsets; a token whose spaces were trimmed may have an empty one.)"""
+    ids = np.array(encoding.ids, dtype=np.int32)
     trained = np.zeros(len(ids), dtype=np.bool_)
+    numbers = range(len(ids))
+    place = encoding.token_to_chars  # each offset by itself: a list of all of them takes longer to make than to search
     for start, end in spans:
-        first = bisect_right(offsets, start, key=_end)
-        after = bisect_left(offsets, end, key=_start)
+        first = bisect_right(numbers, start, key=lambda number: place(number)[1])
+        after = bisect_left(numbers, end, first, key=lambda number: place(number)[0])
         trained[first:after] = True
-    return Example(np.array(ids[:max_length], dtype=np.int32), trained[:max_length], len(ids) > max_length)
+    return Example(ids, trained, encoding)
 
 
-def _start(offset: Span) -> int:
-    return offset[0]
+def problems(rendered: Rendered, example: Example, template: Template) -> list[Problem]:
+    """What is wrong with a passage as tokens, which were tokenised by the template's tokenizer. Of a passage that is to
+    be answered only the tokens are judged."""
+    found = []
+    ids = example.input_ids
+    start, unknown = template.start_id, template.unknown_id
+    if start is not None and len(ids) > 1 and ids[0] == start and ids[1] == start:
+        message = "The text starts with two start tokens, and the model has only ever seen one."
+        fix = "Take one out of the rows, or out of the chat template."
+        found.append(Problem("DOUBLE_BOS", message, fix))
+    if unknown is not None and (count := np.count_nonzero(ids == unknown)):
+        message = f"{count} of {len(ids)} tokens stand for characters that the tokenizer does not know."
+        fix = "Take a model whose tokenizer knows the language and the signs of the text."
+        found.append(Problem("UNKNOWN_TOKENS", message, fix, Level.WARNING))
+    for role in dict.fromkeys(rendered.lost):
+        message = f"The chat template leaves out, or rewrites, the content of a {role} turn of this row."
+        fix = "See the preview, and take another chat template if the turn matters."
+        found.append(Problem("TURN_NOT_RENDERED", message, fix, Level.WARNING))
+    if rendered.method or rendered.spans:
+        found += _problems_of_training(example, rendered)
+    return found
 
 
-def _end(offset: Span) -> int:
-    return offset[1]
+def _problems_of_training(example: Example, rendered: Rendered) -> list[Problem]:
+    # Nothing predicts the first token.
+    if not example.trained[1:].any():
+        message = "No token of the row is trained, so the row teaches nothing."
+        fix = "Give it an answer that is not of weight 0 and lies within the longest length."
+        return [Problem("NOTHING_TRAINED", message, fix, Level.WARNING)]
+    if rendered.endless:
+        message = "An answer is trained without a token that ends it, so the model may not learn when to stop."
+        fix = "Take a chat template that ends turns with a token of the tokenizer, inside its {% generation %} block."
+        return [Problem("END_OF_TURN_NOT_TRAINED", message, fix, Level.WARNING)]
+    return []

@@ -1,199 +1,195 @@
-"""The rows of a dataset file: JSONL, or JSON with one array of objects.
+"""The rows of a dataset's file, whatever it is: JSONL, JSON, CSV, Parquet or Arrow, plain or compressed with gzip or
+zstd, or one of these in a zip archive with images.
 
-The file's first character tells which of the two it is, not its name: datasets are stored under their hash. JSONL is
-read a line at a time and takes the memory of one line. An array is read whole, as text; its elements are decoded one by
-one.
+The bytes tell which of them it is. Rows are read one at a time. What cannot be read is a row with a problem: no file
+makes a reader raise, hang, write outside of the temporary directory, or take memory without bound.
 """
 
-import json
-import re
-from collections.abc import Iterator
-from dataclasses import dataclass
+from collections.abc import Callable, Iterator
 from pathlib import Path
+from types import TracebackType
 from typing import BinaryIO
 
-import orjson
+from luthier_trainer.data.archive import Archive
+from luthier_trainer.data.columns import renamed
+from luthier_trainer.data.compressed import BUFFER
+from luthier_trainer.data.content import Content
+from luthier_trainer.data.csv_rows import csv_rows
+from luthier_trainer.data.detection import Kind, text_format
+from luthier_trainer.data.json_rows import json_elements, json_lines
+from luthier_trainer.data.problem import Problem
+from luthier_trainer.data.reading import FileFormat, Reading
+from luthier_trainer.data.row import Row, Unreadable, shown
+from luthier_trainer.data.tables import arrow_rows, parquet_rows
+
+__all__ = [
+    "MAX_ARRAY_BYTES",
+    "MAX_LINE_BYTES",
+    "MAX_PROBLEMS",
+    "Problem",
+    "Row",
+    "RowFile",
+    "open_rows",
+    "shown",
+]
 
 MAX_LINE_BYTES = 16 * 1024 * 1024
-MAX_ARRAY_BYTES = 512 * 1024 * 1024
+MAX_ARRAY_BYTES = 64 * 1024 * 1024 * 1024
+MAX_PROBLEMS = 1_000_000
 
-_BOM = b"\xef\xbb\xbf"
 _CHUNK = 1024 * 1024
-_SPACE = re.compile(r"[ \t\r\n]*")
-_OTHER_FILES = (
-    (b"\xff\xfe", "UTF-16 text; save it as UTF-8"),
-    (b"\xfe\xff", "UTF-16 text; save it as UTF-8"),
-    (b"\x1f\x8b", "compressed with gzip; unpack it first"),
-    (b"PK\x03\x04", "a zip archive; unpack it first"),
-    (b"\x28\xb5\x2f\xfd", "compressed with zstd; unpack it first"),
-    (b"PAR1", "a Parquet file; convert it to JSONL first"),
-    (b"ARROW1", "an Arrow file; convert it to JSONL first"),
-)
+_FORMATS = {
+    Kind.PARQUET: FileFormat.PARQUET,
+    Kind.ARROW_FILE: FileFormat.ARROW,
+    Kind.ARROW_STREAM: FileFormat.ARROW,
+}
+_TEXT = (FileFormat.JSONL, FileFormat.JSON, FileFormat.CSV)
+_NAMES = {
+    FileFormat.JSONL: "JSONL",
+    FileFormat.JSON: "JSON",
+    FileFormat.CSV: "CSV",
+    FileFormat.PARQUET: "Parquet",
+    FileFormat.ARROW: "Arrow",
+    FileFormat.ZIP: "a zip archive",
+}
+
+_Read = Callable[[], Iterator[Row]]
 
 
-@dataclass(frozen=True, slots=True)
-class Problem:
-    """What is wrong with a row. code: a stable name; message: a sentence that a person can act on."""
+class RowFile:
+    """A file that rows can be read from, again and again; each time the file is opened anew. A context manager.
 
-    code: str
-    message: str
-
-
-@dataclass(frozen=True, slots=True)
-class Row:
-    """One row. line: from 1, the line in JSONL and the element in an array; 0 stands for the whole file."""
-
-    line: int
-    value: dict[str, object] | Problem
-
-
-def rows(path: Path) -> Iterator[Row]:
-    """Yields every row of the file in order; blank lines are none. What cannot be read is a row with a Problem.
-
-    Raises OSError when the file cannot be read, and MemoryError when an array does not fit.
+    file_format: how it is written (of an archive ZIP); where that cannot be told, what the reading names, or JSONL.
     """
-    with open(path, "rb") as file:
-        head = file.read(_CHUNK)
-        for magic, what in _OTHER_FILES:
-            if head.startswith(magic):
-                yield Row(0, Problem("NOT_UTF8", f"The file is {what}."))
-                return
-        start = len(_BOM) if head.startswith(_BOM) else 0
-        file.seek(start)
-        if head[start:].lstrip()[:1] == b"[" and not _has_an_array_a_line(head[start:]):
-            yield from _elements(file)
-        else:
-            yield from _lines(file)
 
-
-def shown(text: str, limit: int = 40) -> str:
-    """A piece of somebody's data for a message: short, on one line, encodable."""
-    short = text if len(text) <= limit else text[: limit - 3] + "..."
-    return json.dumps(short, ensure_ascii=not short.isprintable())
-
-
-def _has_an_array_a_line(head: bytes) -> bool:
-    """Whether the first line is a whole array and more lines follow: JSONL with the wrong kind of rows."""
-    first, _, rest = head.lstrip().partition(b"\n")
-    return first.rstrip().endswith(b"]") and rest.lstrip()[:1] not in (b"", b"]", b",") and _parses(first)
-
-
-def _parses(text: bytes) -> bool:
-    try:
-        orjson.loads(text)
-    except orjson.JSONDecodeError:
-        return False
-    return True
-
-
-def _lines(file: BinaryIO) -> Iterator[Row]:
-    number = 0
-    while line := file.readline(MAX_LINE_BYTES + 1):
-        number += 1
-        if len(line) > MAX_LINE_BYTES:
-            while line and not line.endswith(b"\n"):
-                line = file.readline(_CHUNK)
-            limit = MAX_LINE_BYTES // (1024 * 1024)
-            yield Row(number, Problem("LINE_TOO_LONG", f"The line is longer than {limit} MiB. Split the row."))
-        elif not line.isspace():
-            yield Row(number, _object(line))
-
-
-def _object(text: bytes) -> dict[str, object] | Problem:
-    try:
-        value = orjson.loads(text)
-    except orjson.JSONDecodeError as error:
-        return _undecodable(text, error)
-    if isinstance(value, dict):
-        return value
-    kind = {list: "an array", str: "a string", bool: "a boolean", type(None): "null"}.get(type(value), "a number")
-    return Problem("NOT_AN_OBJECT", f"The row is {kind}; each row must be a JSON object in braces.")
-
-
-def _undecodable(text: bytes, error: json.JSONDecodeError) -> Problem:
-    try:
-        text.decode()
-    except UnicodeDecodeError as encoding:
-        byte = text[encoding.start]
-        where = f"byte 0x{byte:02x} at position {encoding.start + 1}"
-        return Problem("NOT_UTF8", f"The row is not UTF-8 ({where}). Save the file as UTF-8.")
-    if "depth limit" in error.msg or "recursion" in error.msg.lower():
-        return Problem("TOO_DEEP", "The row nests objects or arrays more than a thousand levels deep.")
-    message = f"The row is not JSON: {error.msg} (column {error.colno})."
-    if text.strip() in (b"{", b"[", b"[{"):
-        message += " Write each object on one line, or all of them into one array."
-    elif text.lstrip().startswith(b"{'"):
-        message += " JSON wants double quotes."
-    return Problem("NOT_JSON", message)
-
-
-def _nothing(_: str) -> None:
-    """In place of numbers: the first pass only looks for an element's end, and int() of a long one is slow."""
-
-
-def _elements(file: BinaryIO) -> Iterator[Row]:
-    data = file.read(MAX_ARRAY_BYTES + 1)
-    if len(data) > MAX_ARRAY_BYTES:
-        limit = MAX_ARRAY_BYTES // (1024 * 1024)
-        message = f"A JSON array may have {limit} MiB at most. Write the rows as JSONL, one object a line."
-        yield Row(0, Problem("FILE_TOO_LARGE", message))
-        return
-    try:
-        text = data.decode()
-    except UnicodeDecodeError as error:
-        line = data.count(b"\n", 0, error.start) + 1
-        message = f"Line {line} is not UTF-8 (byte 0x{data[error.start]:02x}). Save the file as UTF-8."
-        yield Row(0, Problem("NOT_UTF8", message))
-        return
-    del data
-    yield from _elements_of(text)
-
-
-def _elements_of(text: str) -> Iterator[Row]:
-    """The elements of an array, decoded one at a time: a file of empty objects would take twenty times its size. Ends
-    after the first one whose end cannot be found."""
-    scan = json.JSONDecoder(parse_int=_nothing, parse_float=_nothing, parse_constant=_nothing).raw_decode
-    position = _after_space(text, text.index("[") + 1)
-    number = 0
-    if text.startswith("]", position):
-        yield from _after_the_array(text, position + 1)
-        return
-    while True:
-        number += 1
+    def __init__(self, path: Path, reading: Reading) -> None:
+        """Raises OSError when the file cannot be read."""
+        self._path = path
+        self._columns = reading.columns
+        self._archive: Archive | None = None
+        self._problems: list[Problem] = []
+        self._read: _Read | None = None
+        self.file_format = reading.file_format or FileFormat.JSONL
         try:
-            _, end = scan(text, position)
-        except RecursionError:
-            yield Row(number, Problem("TOO_DEEP", "The element nests objects or arrays too deep."))
+            self.file_format, self._read = self._opened(reading)
+        except Unreadable as error:
+            self._problems.append(error.problem)
+        except MemoryError:
+            self._problems.append(_out_of_memory())
+
+    def __enter__(self) -> "RowFile":
+        return self
+
+    def __exit__(
+        self, kind: type[BaseException] | None, error: BaseException | None, traceback: TracebackType | None
+    ) -> None:
+        self.close()
+
+    def close(self) -> None:
+        """Closes the archive, if it is one."""
+        if self._archive is not None:
+            self._archive.close()
+
+    def __iter__(self) -> Iterator[Row]:
+        """Every row in order, its columns renamed as the reading says. Raises OSError when the file cannot be read."""
+        for problem in self._problems:
+            yield Row(0, problem)
+        if self._read is None:
             return
-        except json.JSONDecodeError as error:
-            yield Row(number, _not_json(text, error.pos, error.msg))
-            return
-        if end - position > MAX_LINE_BYTES:
-            limit = MAX_LINE_BYTES // (1024 * 1024)
-            yield Row(number, Problem("LINE_TOO_LONG", f"The element is longer than {limit} MiB. Split the row."))
-        else:
-            yield Row(number, _object(text[position:end].encode()))
-        position = _after_space(text, end)
-        if text.startswith("]", position):
-            yield from _after_the_array(text, position + 1)
-            return
-        if not text.startswith(",", position):
-            yield Row(number, _not_json(text, position, "expected a comma or the end of the array"))
-            return
-        position = _after_space(text, position + 1)
+        found = self._read()
+        wrong = 0
+        try:
+            for row in renamed(found, self._columns) if self._columns else found:
+                yield row
+                if isinstance(row.value, Problem):
+                    wrong += 1
+                    if wrong == MAX_PROBLEMS:
+                        message = f"{wrong:,} rows cannot be read. The rest of the file is not looked at."
+                        raise Unreadable(Problem("TOO_MANY_PROBLEMS", message))
+        except Unreadable as error:
+            yield Row(0, error.problem)
+        except MemoryError:
+            yield Row(0, _out_of_memory())
+
+    def has_image(self, name: str) -> bool:
+        """Whether the file is an archive with an image of that name."""
+        return self._archive is not None and self._archive.has_image(name)
+
+    def image(self, name: str) -> bytes:
+        """The bytes of an image. Raises KeyError when there is none, or it is broken or too large."""
+        if self._archive is None:
+            raise KeyError(name)
+        return self._archive.image(name)
+
+    def _opened(self, reading: Reading) -> tuple[FileFormat, _Read | None]:
+        stored = self._path.stat().st_size
+        content = Content(self._open, stored, is_seekable=True)
+        if content.kind(content.head(_CHUNK)) is not Kind.ZIP:
+            return _reader(content, reading)
+        if reading.file_format not in (None, FileFormat.ZIP):
+            raise Unreadable(_mismatch(FileFormat.ZIP, reading.file_format))
+        self.file_format = FileFormat.ZIP
+        self._archive = Archive(self._path)
+        self._problems += self._archive.problems
+        if self._archive.rows is None:
+            return FileFormat.ZIP, None
+        content = Content(self._archive.open_rows, self._archive.stored, is_seekable=False)
+        return FileFormat.ZIP, _reader(content, Reading(columns=reading.columns))[1]
+
+    def _open(self) -> BinaryIO:
+        return open(self._path, "rb", buffering=BUFFER)
 
 
-def _after_space(text: str, position: int) -> int:
-    match = _SPACE.match(text, position)
-    return match.end() if match else position
+def open_rows(path: Path, reading: Reading | None = None) -> RowFile:
+    """Opens a dataset's file, which is read as the reading says, and otherwise as detected.
+
+    Raises OSError when it cannot be read.
+    """
+    return RowFile(path, reading or Reading())
 
 
-def _after_the_array(text: str, position: int) -> Iterator[Row]:
-    if (end := _after_space(text, position)) < len(text):
-        yield Row(0, _not_json(text, end, "there is more after the end of the array"))
+def _reader(content: Content, reading: Reading) -> tuple[FileFormat, _Read]:
+    """How a file is written that is no archive, and what reads it. Raises Unreadable for one that is no dataset."""
+    head = content.head(_CHUNK)
+    unpacked = content.unpacked(content.kind(head))
+    if unpacked is not content:
+        content, head = unpacked, unpacked.head(_CHUNK)
+    kind = content.kind(head)
+    if kind is Kind.TEXT:
+        file_format = reading.file_format if reading.file_format in _TEXT else text_format(head, reading.columns)
+    else:
+        file_format = _FORMATS.get(kind) or _packed_twice()
+    if isinstance(file_format, Problem):
+        raise Unreadable(file_format)
+    if reading.file_format not in (None, file_format):
+        raise Unreadable(_mismatch(file_format, reading.file_format))
+
+    def read() -> Iterator[Row]:
+        with content.sought() if kind in (Kind.PARQUET, Kind.ARROW_FILE) else content.open() as file:
+            match file_format:
+                case FileFormat.JSONL:
+                    yield from json_lines(file, head, MAX_LINE_BYTES)
+                case FileFormat.JSON:
+                    yield from json_elements(file, MAX_LINE_BYTES, MAX_ARRAY_BYTES)
+                case FileFormat.CSV:
+                    yield from csv_rows(file, head, MAX_LINE_BYTES, reading.columns)
+                case FileFormat.PARQUET:
+                    yield from parquet_rows(file, content.stored, reading.columns)
+                case FileFormat.ARROW:
+                    yield from arrow_rows(file, content.stored, reading.columns, kind is Kind.ARROW_STREAM)
+
+    return file_format, read
 
 
-def _not_json(text: str, position: int, what: str) -> Problem:
-    line = text.count("\n", 0, position) + 1
-    column = position - text.rfind("\n", 0, position)
-    return Problem("NOT_JSON", f"The array is not JSON from here on: {what} (line {line}, column {column}).")
+def _packed_twice() -> Problem:
+    message = "The file is compressed or packed twice."
+    return Problem("UNKNOWN_FILE_FORMAT", message, "Unpack it once, and upload what comes out.")
+
+
+def _mismatch(found: FileFormat, named: FileFormat | None) -> Problem:
+    message = f"The file is {_NAMES[found]}, and is said to be {_NAMES[named or found]}."
+    return Problem("FILE_FORMAT_MISMATCH", message, "Leave the file format out: it is detected.")
+
+
+def _out_of_memory() -> Problem:
+    return Problem("FILE_TOO_LARGE", "The file does not fit in memory. Write it as JSONL, one object a line.")

@@ -1,143 +1,234 @@
-"""Which characters of a rendered conversation are trained.
+"""Passages as text, and which of its characters are trained.
 
-They are what the model itself would have to produce: each assistant turn, with the token that ends it. As generation
-stops at that token, a newline behind it is not trained. The spans come from the first of
+Of a conversation these are what the model itself would have to produce: each assistant turn with its tool calls and
+with the token that ends it (`proof` says how they are found). As generation stops at that token, a newline behind it
+is not trained. Turns of weight 0 are context. Of raw text all is trained, and the token that ends it.
 
-1. `{% generation %}` blocks in the template, as transformers marks them;
-2. prefixes: the text of the turns before with the generation prompt must be a prefix of the text up to the turn, and
-   that of the whole text; the turn is what lies between;
-3. markers, for templates that render a turn differently when others follow: the turn's content is replaced by two
-   different markers, and the span is what lies between the generation prompt and what follows the marker.
-
-2 and 3 are proven for every row and turn, or the row is refused with TEMPLATE_UNSUPPORTED: nothing is guessed.
+A response template replaces this by a rule about the text alone. Where it occurs outside of what the system, the user
+or a tool says, training begins behind it, and goes through the first token that ends a turn; where the next occurrence
+comes first, up to that; and where neither comes before the next turn, or ever, to the end of the answer's own content.
 """
 
-import re
-from collections.abc import Sequence
+from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
+from functools import lru_cache
+from itertools import islice
+from typing import TYPE_CHECKING
 
-from luthier_trainer.data.formats import Conversation
-from luthier_trainer.data.template import Span, Template
-from luthier_trainer.errors import TrainingError
+from luthier_trainer.data.masking import Masking, TrainOn
+from luthier_trainer.data.problem import Problem
+from luthier_trainer.data.proof import answers
+from luthier_trainer.data.records import Conversation, Message, Passage, plain
+from luthier_trainer.data.sandbox import Span, fence
+from luthier_trainer.data.template import RowRefused, Template, TextFrame, text_frame
 
-_MARKERS = ("Zqx7vLuthierKw", "Hjw3gMarkerYz")
-_SPACE = re.compile(r"\s*")
+if TYPE_CHECKING:
+    from transformers import PreTrainedTokenizerBase
+
+ALL_TOKENS = "all tokens"
+RESPONSE_TEMPLATE = "response template"
+_ASSISTANT = Masking()
+# Passages that are compared with each other: what they share is never trained.
+_ANSWERS = frozenset({"chosen", "rejected", "desired", "undesired"})
+# Where the content of a turn may lie: a single letter has many places in a long text.
+_MOST_PLACES = 100
+
+Role = tuple[int, int, str]
 
 
 @dataclass(frozen=True, slots=True)
 class Rendered:
-    """A conversation as text, and the character spans [start, end) that are trained, in order."""
+    """A passage as text.
+
+    spans: the characters [start, end) that are trained, in order; method: how these are known, as in
+    `luthier.v1.TokenReport.mask_method`, and empty where nothing was to be trained; roles: where the contents of turns
+    lie, (start, end, role) in order, of raw text one of the role `text`; lost: roles of turns before the last answer
+    whose content is not in the text, in order; endless: how many spans do not end with a token that ends a turn.
+    """
 
     text: str
     spans: tuple[Span, ...]
+    method: str = ""
+    roles: tuple[Role, ...] = ()
+    lost: tuple[str, ...] = ()
+    endless: int = 0
 
 
-def render(conversation: Conversation, template: Template) -> Rendered:
-    """The conversation's text and what of it is trained.
+def render(passage: Passage, template: Template, masking: Masking = _ASSISTANT) -> Rendered:
+    """The passage's text and what of it is trained.
 
-    Raises TrainingError: DATASET_INVALID when the template refuses the conversation, TEMPLATE_UNSUPPORTED when it
-    cannot be shown which tokens are the assistant's.
+    Raises RowRefused when the template refuses the passage, leaves out tools or images, or when it lacks the response
+    template; TrainingError TEMPLATE_UNSUPPORTED when it cannot be shown which tokens are the assistant's, and
+    TEMPLATE_TOO_LARGE or TEMPLATE_TOO_SLOW.
     """
+    if passage.messages is None:
+        return _framed(passage.text or "", template.frame)
+    with fence():
+        return _of_conversation(passage, passage.messages, template, masking)
+
+
+def _of_conversation(passage: Passage, conversation: Conversation, template: Template, masking: Masking) -> Rendered:
+    text, blocks = template.render(conversation, tools=passage.tools, prompt=passage.to_answer)
+    if passage.to_answer:
+        roles, lost = _roles(conversation, text, template, {})
+        return Rendered(text, (), "", roles, lost)
+    if masking.response_template:
+        roles, lost = _roles(conversation, text, template, {})
+        spans = _by_response_template(conversation, masking.response_template, text, roles, template)
+        return _rendered(text, spans, RESPONSE_TEMPLATE, roles, lost, template)
+    if masking.train_on is TrainOn.ALL_TOKENS and passage.name not in _ANSWERS:
+        roles, lost = _roles(conversation, text, template, {})
+        return Rendered(text, ((0, len(text)),), ALL_TOKENS, roles, lost)
     turns = [index for index, turn in enumerate(conversation) if turn["role"] == "assistant"]
-    text, blocks = template.render(conversation)
-    if template.marks_turns:
-        spans: list[Span] | None = [block for block in blocks if block[0] < block[1]]
-        if not spans:
-            raise _unsupported("its {% generation %} block marks nothing in a conversation with an assistant turn")
+    if not turns:
+        roles, lost = _roles(conversation, text, template, {})
+        return Rendered(text, (), "", roles, lost)
+    kept = [number for number, index in enumerate(turns) if conversation[index].get("weight") != 0]
+    if masking.train_on is TrainOn.LAST_TURN:
+        kept = [number for number in kept if number == len(turns) - 1]
+    found = answers(conversation, passage.tools, template, text, blocks, each=len(kept) < len(turns))
+    if found.contents is not None:
+        placed = list(zip(found.contents, conversation, strict=True))
+        roles = tuple((*span, turn["role"]) for span, turn in placed if span is not None)
+        lost = tuple(turn["role"] for span, turn in placed if span is None)
     else:
-        spans = _by_prefix(conversation, turns, text, template) or _by_marker(conversation, turns, text, template)
-        if spans is None:
-            raise _unsupported("it has no {% generation %} block and changes earlier turns when later ones follow")
-    context = {number for number, index in enumerate(turns) if conversation[index].get("weight") == 0}
-    if context and len(spans) != len(turns):
-        raise _unsupported("its {% generation %} blocks are not one an assistant turn, so no turn can be left out")
-    kept = [_through_turn_end(text, span, template) for n, span in enumerate(spans) if n not in context]
-    return Rendered(text, tuple(kept))
+        known = dict(zip(turns, found.spans, strict=True)) if found.each else {}
+        roles, lost = _roles(conversation, text, template, known)
+    chosen = found.spans if len(kept) == len(turns) else tuple(found.spans[number] for number in kept)
+    return _rendered(text, chosen, found.method, roles, lost, template)
 
 
-def _unsupported(why: str) -> TrainingError:
-    return TrainingError(
-        "TEMPLATE_UNSUPPORTED",
-        f"The model's chat template does not tell which tokens are the assistant's: {why}.",
-        "Put {% generation %} and {% endgeneration %} around the assistant's text in the model's chat template.",
-    )
+def render_text(text: str, tokenizer: "PreTrainedTokenizerBase") -> Rendered:
+    """Raw text, which needs no template. Raises TrainingError TOKENIZER_UNSUPPORTED."""
+    return _framed(text, _frame(tokenizer))
 
 
-def _by_prefix(conversation: Conversation, turns: Sequence[int], text: str, template: Template) -> list[Span] | None:
-    """A span for each turn, or None where the text before one is no prefix of the text with it."""
+@lru_cache(maxsize=4)
+def _frame(tokenizer: "PreTrainedTokenizerBase") -> TextFrame:
+    return text_frame(tokenizer)
+
+
+def _framed(text: str, frame: TextFrame) -> Rendered:
+    start = "" if text.startswith(frame.start) else frame.start
+    end = "" if frame.end and text.endswith(frame.end) else frame.end
+    whole = start + text + end
+    roles = ((len(start), len(start) + len(text), "text"),)
+    return Rendered(whole, ((0, len(whole)),), ALL_TOKENS, roles, (), 0 if frame.end else 1)
+
+
+def _rendered(
+    text: str, spans: Sequence[Span], method: str, roles: tuple[Role, ...], lost: tuple[str, ...], template: Template
+) -> Rendered:
+    endless = sum(not text[start:end].rstrip().endswith(template.ends) for start, end in spans)
+    return Rendered(text, tuple(spans), method, roles, lost, endless)
+
+
+def _by_response_template(
+    conversation: Conversation, response: str, text: str, roles: Sequence[Role], template: Template
+) -> list[Span]:
+    said = [(start, end) for start, end, role in roles if role != "assistant"]
+    starts = [at + len(response) for at in _occurrences(text, response) if not _inside(at, said)]
+    if not starts:
+        message = (
+            f"The text of the row does not contain the response template {response!r}, so nothing would be trained."
+        )
+        fix = "Give the text that stands before an answer as the chat template writes it; a preview shows it."
+        raise RowRefused(Problem("RESPONSE_TEMPLATE_MISSING", message, fix))
     spans = []
-    for index in turns:
-        before, _ = template.render(conversation[:index], prompt=True)
-        through = text if index + 1 == len(conversation) else template.render(conversation[: index + 1])[0]
-        if not (through.startswith(before) and text.startswith(through)):
-            return None
-        spans.append((len(before), len(through)))
-    return spans
-
-
-def _by_marker(conversation: Conversation, turns: Sequence[int], text: str, template: Template) -> list[Span] | None:
-    """A span for each turn, or None where something else than the turn itself depends on the turn's content."""
-    spans = []
-    for index in turns:
-        first, second = (template.render(_replaced(conversation, index, marker))[0] for marker in _MARKERS)
-        head, *tails = first.split(_MARKERS[0])
-        if len(tails) != 1 or second != head + _MARKERS[1] + tails[0]:
-            return None
-        at = _turn_start(conversation[:index], head, tails[0], template)
-        end = len(text) - len(tails[0])
-        if at is None or at >= end or not text.startswith(head[:at]) or not text.endswith(tails[0]):
-            return None
-        spans.append((at, end))
-    return spans
-
-
-def _turn_start(before: Conversation, head: str, tail: str, template: Template) -> int | None:
-    """Where a turn begins in `head`, the text up to its content: behind the generation prompt. A template may prompt
-    for more than it renders later (an opened `<think>`); then the turn begins where the two part, in the prompt."""
-    prompt, _ = template.render(before, prompt=True)
-    if head.startswith(prompt):
-        return len(prompt)
-    without, _ = template.render(before)
-    if not prompt.startswith(without) or not template.turn_end.match(tail.lstrip()):
-        return None
-    header = prompt[len(without) :]
-    candidates = []
-    if header in head:
-        candidates.append(head.rfind(header) + len(header))
-    common = _common_prefix(prompt, head)
-    if common > len(without):
-        cut = (token.start() for token in template.control.finditer(head) if token.start() < common < token.end())
-        candidates.append(next(cut, common))
-    return next((at for at in candidates if not template.turn_end.search(head, at)), None)
-
-
-def _common_prefix(one: str, other: str) -> int:
-    """How many characters two texts share from their start."""
-    pairs = enumerate(zip(one, other, strict=False))
-    return next((number for number, (a, b) in pairs if a != b), min(len(one), len(other)))
-
-
-def _replaced(conversation: Conversation, index: int, content: str) -> Conversation:
-    changed = list(conversation)
-    changed[index] = {"role": "assistant", "content": content}
-    return changed
-
-
-def _through_turn_end(text: str, span: Span, template: Template) -> Span:
-    """The span up to and including the token that ends its turn: cut behind it when only space or further such tokens
-    follow (blocks of the template are left as they are), extended over it when the turn stops short of it, and left
-    alone when the template ends turns with plain text."""
-    start, end = span
-    solid = start + len(text[start:end].rstrip())
-    ended = 0
-    for token in template.turn_end.finditer(text, start, solid):
-        if not ended or text[ended : token.start()].strip():
-            ended = token.end()
-            last = ended
+    for start, following in zip(starts, [*(at - len(response) for at in starts[1:]), len(text)], strict=True):
+        content = next((role for role in roles if role[2] == "assistant" and start <= role[0] < following), None)
+        other = min((at for at, _ in said if at >= start), default=len(text))
+        token = template.turn_end.search(text, content[1] if content else start, min(following, other))
+        if token:
+            end = token.end()
+        elif content and following > other:
+            end = content[1]
         else:
-            last = token.end()
-    if ended and last == solid:
-        return start, end if template.marks_turns else ended
-    space = _SPACE.match(text, end)
-    match = template.turn_end.match(text, space.end() if space else end)
-    return start, match.end() if match else end
+            end = following
+        spans.append((start, end))
+    left_out = [turn.get("weight") == 0 for turn in conversation if turn["role"] == "assistant"]
+    if any(left_out):
+        if len(left_out) != len(spans):
+            message = "The response template does not occur once for each answer, so none of weight 0 can be left out."
+            raise RowRefused(Problem("RESPONSE_TEMPLATE_MISSING", message, "Give one that stands before each answer."))
+        spans = [span for span, out in zip(spans, left_out, strict=True) if not out]
+    return spans
+
+
+def _occurrences(text: str, part: str) -> Iterator[int]:
+    at = text.find(part)
+    while at >= 0:
+        yield at
+        at = text.find(part, at + len(part))
+
+
+def _inside(at: int, spans: Sequence[Span]) -> bool:
+    return any(start <= at < end for start, end in spans)
+
+
+def _roles(
+    conversation: Conversation, text: str, template: Template, answers: dict[int, Span]
+) -> tuple[tuple[Role, ...], tuple[str, ...]]:
+    """Where the contents of turns lie, and the roles of turns that should be there and are not. answers: the spans of
+    assistant turns as far as they are known, by index.
+
+    Contents are looked for one behind the other. The system's is looked for last, anywhere else: some templates move it
+    into a user turn. Short contents may occur in the template's own text too, so an occurrence before a control token
+    goes first.
+    """
+    found: list[Role] = []
+    lost: list[str] = []
+    at = 0
+    for index, turn in enumerate(conversation):
+        role = turn["role"]
+        if role == "system":
+            continue
+        if index in answers:
+            start, end = answers[index]
+            ended = text[start:end].rstrip()
+            token = next((each for each in template.ends if ended.endswith(each)), "")
+            found.append((start, start + len(ended) - len(token), role))
+            at = end
+            continue
+        limit = next((answers[later][0] for later in (index + 1, index + 2) if later in answers), len(text))
+        for content in _contents(turn):
+            span = _find(content, text, at, limit, template)
+            if span is not None:
+                found.append((*span, role))
+                at = span[1]
+            elif role != "assistant":
+                lost.append(role)
+    for turn in conversation:
+        if turn["role"] == "system":
+            for content in _contents(turn):
+                taken = [place[:2] for place in found]
+                places = islice(_occurrences(text, content), _MOST_PLACES)
+                place = next((each for each in places if not _inside(each, taken)), None)
+                if place is None:
+                    lost.append("system")
+                else:
+                    found.append((place, place + len(content), "system"))
+    return tuple(sorted(found)), tuple(lost)
+
+
+def _contents(turn: Message) -> list[str]:
+    """The texts of a turn, stripped as most templates do, without those that are empty."""
+    content = turn["content"]
+    texts = [plain(turn)] if isinstance(content, str) else [plain({"role": "", "content": [part]}) for part in content]
+    return [text.strip() for text in texts if text.strip() and text != "<image>"]
+
+
+def _find(content: str, text: str, at: int, limit: int, template: Template) -> Span | None:
+    first = text.find(content, at, limit)
+    place = first
+    for _ in range(_MOST_PLACES):
+        if place < 0:
+            break
+        end = place + len(content)
+        behind = end
+        while behind < limit and text[behind].isspace():
+            behind += 1
+        if template.control.match(text, behind):
+            return place, end
+        place = text.find(content, place + 1, limit)
+    return (first, first + len(content)) if first >= 0 else None

@@ -25,7 +25,7 @@ _sym_db = _symbol_database.Default()
 from google.protobuf import timestamp_pb2 as google_dot_protobuf_dot_timestamp__pb2
 
 
-DESCRIPTOR = _descriptor_pool.Default().AddSerializedFile(b'\n\x16luthier/v1/model.proto\x12\nluthier.v1\x1a\x1fgoogle/protobuf/timestamp.proto\"\xe7\x02\n\x05Model\x12\x0e\n\x02id\x18\x01 \x01(\tR\x02id\x12\x12\n\x04name\x18\x02 \x01(\tR\x04name\x12\x15\n\x06job_id\x18\x03 \x01(\tR\x05jobId\x12\x1d\n\nbase_model\x18\x04 \x01(\tR\tbaseModel\x12\x1e\n\nadaptation\x18\x05 \x01(\tR\nadaptation\x12\x12\n\x04step\x18\x06 \x01(\x03R\x04step\x12\x1d\n\nsize_bytes\x18\x07 \x01(\x03R\tsizeBytes\x12\x38\n\x07metrics\x18\x08 \x03(\x0b\x32\x1e.luthier.v1.Model.MetricsEntryR\x07metrics\x12;\n\x0b\x63reate_time\x18\t \x01(\x0b\x32\x1a.google.protobuf.TimestampR\ncreateTime\x1a:\n\x0cMetricsEntry\x12\x10\n\x03key\x18\x01 \x01(\tR\x03key\x12\x14\n\x05value\x18\x02 \x01(\x01R\x05value:\x02\x38\x01\"V\n\tModelFile\x12\x12\n\x04path\x18\x01 \x01(\tR\x04path\x12\x1d\n\nsize_bytes\x18\x02 \x01(\x03R\tsizeBytes\x12\x16\n\x06sha256\x18\x03 \x01(\tR\x06sha256b\x06proto3')
+DESCRIPTOR = _descriptor_pool.Default().AddSerializedFile(b'\n\x16luthier/v1/model.proto\x12\nluthier.v1\x1a\x1fgoogle/protobuf/timestamp.proto\"\xc1\x03\n\x05Model\x12\x0e\n\x02id\x18\x01 \x01(\tR\x02id\x12\x12\n\x04name\x18\x02 \x01(\tR\x04name\x12\x15\n\x06job_id\x18\x03 \x01(\tR\x05jobId\x12\x1d\n\nbase_model\x18\x04 \x01(\tR\tbaseModel\x12\x1e\n\nadaptation\x18\x05 \x01(\tR\nadaptation\x12\x12\n\x04step\x18\x06 \x01(\x03R\x04step\x12\x1d\n\nsize_bytes\x18\x07 \x01(\x03R\tsizeBytes\x12\x38\n\x07metrics\x18\x08 \x03(\x0b\x32\x1e.luthier.v1.Model.MetricsEntryR\x07metrics\x12;\n\x0b\x63reate_time\x18\t \x01(\x0b\x32\x1a.google.protobuf.TimestampR\ncreateTime\x12)\n\x10training_dataset\x18\n \x01(\tR\x0ftrainingDataset\x12-\n\x12validation_dataset\x18\x0b \x01(\tR\x11validationDataset\x1a:\n\x0cMetricsEntry\x12\x10\n\x03key\x18\x01 \x01(\tR\x03key\x12\x14\n\x05value\x18\x02 \x01(\x01R\x05value:\x02\x38\x01\"V\n\tModelFile\x12\x12\n\x04path\x18\x01 \x01(\tR\x04path\x12\x1d\n\nsize_bytes\x18\x02 \x01(\x03R\tsizeBytes\x12\x16\n\x06sha256\x18\x03 \x01(\tR\x06sha256b\x06proto3')
 
 _globals = globals()
 _builder.BuildMessageAndEnumDescriptors(DESCRIPTOR, _globals)
@@ -35,9 +35,9 @@ if not _descriptor._USE_C_DESCRIPTORS:
   _globals['_MODEL_METRICSENTRY']._loaded_options = None
   _globals['_MODEL_METRICSENTRY']._serialized_options = b'8\001'
   _globals['_MODEL']._serialized_start=72
-  _globals['_MODEL']._serialized_end=431
-  _globals['_MODEL_METRICSENTRY']._serialized_start=373
-  _globals['_MODEL_METRICSENTRY']._serialized_end=431
-  _globals['_MODELFILE']._serialized_start=433
-  _globals['_MODELFILE']._serialized_end=519
+  _globals['_MODEL']._serialized_end=521
+  _globals['_MODEL_METRICSENTRY']._serialized_start=463
+  _globals['_MODEL_METRICSENTRY']._serialized_end=521
+  _globals['_MODELFILE']._serialized_start=523
+  _globals['_MODELFILE']._serialized_end=609
 # @@protoc_insertion_point(module_scope)

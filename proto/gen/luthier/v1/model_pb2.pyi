@@ -50,6 +50,8 @@ class Model(google.protobuf.message.Message):
     SIZE_BYTES_FIELD_NUMBER: builtins.int
     METRICS_FIELD_NUMBER: builtins.int
     CREATE_TIME_FIELD_NUMBER: builtins.int
+    TRAINING_DATASET_FIELD_NUMBER: builtins.int
+    VALIDATION_DATASET_FIELD_NUMBER: builtins.int
     id: builtins.str
     """`model_` and a ULID."""
     name: builtins.str
@@ -64,6 +66,10 @@ class Model(google.protobuf.message.Message):
     """The optimizer step it holds."""
     size_bytes: builtins.int
     """Bytes of all files."""
+    training_dataset: builtins.str
+    """`ds_...` it was trained on; empty for models of older servers."""
+    validation_dataset: builtins.str
+    """`ds_...` it was evaluated on; empty for none."""
     @property
     def metrics(self) -> google.protobuf.internal.containers.ScalarMap[builtins.str, builtins.float]:
         """Final numbers by name: `train_loss`, `eval_loss`, ..."""
@@ -84,9 +90,11 @@ class Model(google.protobuf.message.Message):
         size_bytes: builtins.int = ...,
         metrics: collections.abc.Mapping[builtins.str, builtins.float] | None = ...,
         create_time: google.protobuf.timestamp_pb2.Timestamp | None = ...,
+        training_dataset: builtins.str = ...,
+        validation_dataset: builtins.str = ...,
     ) -> None: ...
     def HasField(self, field_name: typing.Literal["create_time", b"create_time"]) -> builtins.bool: ...
-    def ClearField(self, field_name: typing.Literal["adaptation", b"adaptation", "base_model", b"base_model", "create_time", b"create_time", "id", b"id", "job_id", b"job_id", "metrics", b"metrics", "name", b"name", "size_bytes", b"size_bytes", "step", b"step"]) -> None: ...
+    def ClearField(self, field_name: typing.Literal["adaptation", b"adaptation", "base_model", b"base_model", "create_time", b"create_time", "id", b"id", "job_id", b"job_id", "metrics", b"metrics", "name", b"name", "size_bytes", b"size_bytes", "step", b"step", "training_dataset", b"training_dataset", "validation_dataset", b"validation_dataset"]) -> None: ...
 
 Global___Model: typing_extensions.TypeAlias = Model
 

@@ -25,7 +25,7 @@ _sym_db = _symbol_database.Default()
 from buf.validate import validate_pb2 as buf_dot_validate_dot_validate__pb2
 
 
-DESCRIPTOR = _descriptor_pool.Default().AddSerializedFile(b'\n\x1dluthier/v1/tokenization.proto\x12\nluthier.v1\x1a\x1b\x62uf/validate/validate.proto\"\xb1\x02\n\x0cTokenization\x12\x44\n\x12\x63hat_template_name\x18\x01 \x01(\tB\x16\xbaH\x13r\x11\x18(2\r^[a-z0-9.-]*$R\x10\x63hatTemplateName\x12.\n\rchat_template\x18\x02 \x01(\tB\t\xbaH\x06r\x04(\x80\x80\x08R\x0c\x63hatTemplate\x12\x38\n\x08train_on\x18\x03 \x01(\x0e\x32\x13.luthier.v1.TrainOnB\x08\xbaH\x05\x82\x01\x02\x10\x01R\x07trainOn\x12\x35\n\x11response_template\x18\x04 \x01(\tB\x08\xbaH\x05r\x03\x18\xc8\x01R\x10responseTemplate\x12:\n\x08overlong\x18\x05 \x01(\x0e\x32\x14.luthier.v1.OverlongB\x08\xbaH\x05\x82\x01\x02\x10\x01R\x08overlong*l\n\x07TrainOn\x12\x18\n\x14TRAIN_ON_UNSPECIFIED\x10\x00\x12\x16\n\x12TRAIN_ON_ASSISTANT\x10\x01\x12\x16\n\x12TRAIN_ON_LAST_TURN\x10\x02\x12\x17\n\x13TRAIN_ON_ALL_TOKENS\x10\x03*v\n\x08Overlong\x12\x18\n\x14OVERLONG_UNSPECIFIED\x10\x00\x12\x15\n\x11OVERLONG_TRUNCATE\x10\x01\x12\x11\n\rOVERLONG_DROP\x10\x02\x12\x12\n\x0eOVERLONG_SPLIT\x10\x03\x12\x12\n\x0eOVERLONG_ERROR\x10\x04\x62\x06proto3')
+DESCRIPTOR = _descriptor_pool.Default().AddSerializedFile(b'\n\x1dluthier/v1/tokenization.proto\x12\nluthier.v1\x1a\x1b\x62uf/validate/validate.proto\"\xc9\x02\n\x0cTokenization\x12\\\n\x12\x63hat_template_name\x18\x01 \x01(\tB.\xbaH+r)R\x00R\x06\x63hatmlR\x07llama-3R\x05gemmaR\x07mistralR\x04qwenR\x10\x63hatTemplateName\x12.\n\rchat_template\x18\x02 \x01(\tB\t\xbaH\x06r\x04(\x80\x80\x08R\x0c\x63hatTemplate\x12\x38\n\x08train_on\x18\x03 \x01(\x0e\x32\x13.luthier.v1.TrainOnB\x08\xbaH\x05\x82\x01\x02\x10\x01R\x07trainOn\x12\x35\n\x11response_template\x18\x04 \x01(\tB\x08\xbaH\x05r\x03\x18\xc8\x01R\x10responseTemplate\x12:\n\x08overlong\x18\x05 \x01(\x0e\x32\x14.luthier.v1.OverlongB\x08\xbaH\x05\x82\x01\x02\x10\x01R\x08overlong*l\n\x07TrainOn\x12\x18\n\x14TRAIN_ON_UNSPECIFIED\x10\x00\x12\x16\n\x12TRAIN_ON_ASSISTANT\x10\x01\x12\x16\n\x12TRAIN_ON_LAST_TURN\x10\x02\x12\x17\n\x13TRAIN_ON_ALL_TOKENS\x10\x03*v\n\x08Overlong\x12\x18\n\x14OVERLONG_UNSPECIFIED\x10\x00\x12\x15\n\x11OVERLONG_TRUNCATE\x10\x01\x12\x11\n\rOVERLONG_DROP\x10\x02\x12\x12\n\x0eOVERLONG_SPLIT\x10\x03\x12\x12\n\x0eOVERLONG_ERROR\x10\x04\x62\x06proto3')
 
 _globals = globals()
 _builder.BuildMessageAndEnumDescriptors(DESCRIPTOR, _globals)
@@ -33,7 +33,7 @@ _builder.BuildTopDescriptorsAndMessages(DESCRIPTOR, 'luthier.v1.tokenization_pb2
 if not _descriptor._USE_C_DESCRIPTORS:
   DESCRIPTOR._loaded_options = None
   _globals['_TOKENIZATION'].fields_by_name['chat_template_name']._loaded_options = None
-  _globals['_TOKENIZATION'].fields_by_name['chat_template_name']._serialized_options = b'\272H\023r\021\030(2\r^[a-z0-9.-]*$'
+  _globals['_TOKENIZATION'].fields_by_name['chat_template_name']._serialized_options = b'\272H+r)R\000R\006chatmlR\007llama-3R\005gemmaR\007mistralR\004qwen'
   _globals['_TOKENIZATION'].fields_by_name['chat_template']._loaded_options = None
   _globals['_TOKENIZATION'].fields_by_name['chat_template']._serialized_options = b'\272H\006r\004(\200\200\010'
   _globals['_TOKENIZATION'].fields_by_name['train_on']._loaded_options = None
@@ -42,10 +42,10 @@ if not _descriptor._USE_C_DESCRIPTORS:
   _globals['_TOKENIZATION'].fields_by_name['response_template']._serialized_options = b'\272H\005r\003\030\310\001'
   _globals['_TOKENIZATION'].fields_by_name['overlong']._loaded_options = None
   _globals['_TOKENIZATION'].fields_by_name['overlong']._serialized_options = b'\272H\005\202\001\002\020\001'
-  _globals['_TRAINON']._serialized_start=382
-  _globals['_TRAINON']._serialized_end=490
-  _globals['_OVERLONG']._serialized_start=492
-  _globals['_OVERLONG']._serialized_end=610
+  _globals['_TRAINON']._serialized_start=406
+  _globals['_TRAINON']._serialized_end=514
+  _globals['_OVERLONG']._serialized_start=516
+  _globals['_OVERLONG']._serialized_end=634
   _globals['_TOKENIZATION']._serialized_start=75
-  _globals['_TOKENIZATION']._serialized_end=380
+  _globals['_TOKENIZATION']._serialized_end=404
 # @@protoc_insertion_point(module_scope)

@@ -1,0 +1,207 @@
+"""What a dataset is for a base model: previews, and the check that a job passes before it waits for a device."""
+
+import asyncio
+import math
+import os
+from collections.abc import AsyncIterator, Callable, Mapping
+from pathlib import Path
+
+from luthier.trainer.v1.task_pb2 import CheckWork, DataAnswer, PreviewWork, TrainerTask
+from luthier.v1.datasets_pb2 import (
+    CheckDatasetRequest,
+    PreviewDatasetRequest,
+    PreviewDatasetResponse,
+    TokenReports,
+    TransferProgress,
+)
+from luthier.v1.event_pb2 import PhaseProgressed
+from luthier.v1.job_pb2 import FineTuneTask, JobError, JobSpec
+from luthier_server import spec as specs
+from luthier_server.data_work import DataWork, WorkLimits
+from luthier_server.datasets import Datasets
+from luthier_server.errors import InvalidArgument, Violation
+from luthier_server.job import Job
+from luthier_server.registry import Registry
+from luthier_server.secrets import Secrets
+from luthier_server.store.datasets import Dataset
+from luthier_server.store.jobs import Jobs as JobRows
+from luthier_server.tasks import base_source, dataset_source
+
+_ROWS = 3
+_PREVIEWS = 4
+
+
+class Checks:
+    """Shows and checks datasets as a base model will see them, by the trainer's own code."""
+
+    def __init__(
+        self,
+        datasets: Datasets,
+        registry: Registry,
+        jobs: JobRows,
+        work: DataWork,
+        secrets: Secrets,
+        cache: Path,
+        *,
+        cache_max_bytes: int,
+        limits: WorkLimits,
+    ) -> None:
+        self._datasets = datasets
+        self._registry = registry
+        self._jobs = jobs
+        self._work = work
+        self._secrets = secrets
+        self._cache = cache
+        self._cache_max_bytes = cache_max_bytes
+        self._limits = limits
+        self._previews = asyncio.Semaphore(_PREVIEWS)
+        # A check keeps a core busy: half of them are left to training.
+        self._checks = asyncio.Semaphore(max(1, (os.cpu_count() or 1) // 2))
+
+    async def preview(self, tenant: str, request: PreviewDatasetRequest) -> PreviewDatasetResponse:
+        """Rows as the model will see them. Raises NotFound, InvalidArgument, WorkFailed, Unavailable."""
+        dataset = await self._datasets.find(tenant, request.dataset)
+        specs.refuse(list(specs.tokenization_violations(request.tokenization, "tokenization")))
+        wanted = FineTuneTask(
+            base_model=request.base_model,
+            base_model_revision=request.base_model_revision,
+            tokenization=request.tokenization,
+            hub_token_secret=request.hub_token_secret,
+        )
+        if request.HasField("max_length"):
+            wanted.hyperparameters.max_length = request.max_length
+        task = await self._task(tenant, wanted, dataset, None)
+        task.preview.CopyFrom(PreviewWork(count=request.count or _ROWS, lines=request.lines))
+        async with self._previews:
+            answer = await self._work.run(task, self._secrets.for_task(wanted), seconds=self._limits.preview)
+        _raise(answer)
+        return answer.preview
+
+    async def check(self, tenant: str, request: CheckDatasetRequest) -> AsyncIterator[TransferProgress | TokenReports]:
+        """Tells how far it is, and ends with what was found, which is kept. Raises as `preview`."""
+        training = await self._datasets.find(tenant, request.dataset)
+        validation = (
+            await self._datasets.find(tenant, request.validation_dataset) if request.validation_dataset else None
+        )
+        specs.refuse(list(specs.tokenization_violations(request.tokenization, "tokenization")))
+        wanted = FineTuneTask(
+            base_model=request.base_model,
+            base_model_revision=request.base_model_revision,
+            tokenization=request.tokenization,
+            hub_token_secret=request.hub_token_secret,
+        )
+        if request.HasField("max_length"):
+            wanted.hyperparameters.max_length = request.max_length
+        news: asyncio.Queue[TransferProgress] = asyncio.Queue()
+        checking = asyncio.create_task(
+            self._check(tenant, wanted, training, validation, lambda each: news.put_nowait(_transfer(each)))
+        )
+        try:
+            while not checking.done():
+                told = asyncio.create_task(news.get())
+                await asyncio.wait((checking, told), return_when=asyncio.FIRST_COMPLETED)
+                if told.done():
+                    yield told.result()
+                told.cancel()
+            answer = await checking
+            _raise(answer)
+            yield answer.check
+        finally:
+            checking.cancel()
+            await asyncio.wait([checking])
+
+    async def check_job(self, job: Job, on_progress: Callable[[PhaseProgressed], None]) -> DataAnswer:
+        """What the datasets of a job are for its base model; an answer's error is the job's. Raises as `preview`."""
+        spec = job.resolved_spec.fine_tune
+        training = await self._datasets.find(job.tenant, spec.training_dataset)
+        validation = await self._datasets.find(job.tenant, spec.validation_dataset) if spec.validation_dataset else None
+        return await self._check(job.tenant, spec, training, validation, on_progress, job=job)
+
+    async def _check(
+        self,
+        tenant: str,
+        wanted: FineTuneTask,
+        training: Dataset,
+        validation: Dataset | None,
+        on_progress: Callable[[PhaseProgressed], None],
+        *,
+        job: Job | None = None,
+    ) -> DataAnswer:
+        task = await self._task(tenant, wanted, training, validation)
+        task.check.CopyFrom(CheckWork())
+        task.job_id = job.id if job is not None else ""
+        secrets = self._secrets.for_task(wanted)
+        async with self._checks:
+            answer = await self._work.run(task, secrets, silence=self._limits.silence, on_progress=on_progress)
+        if answer.HasField("check"):
+            await self._complete(tenant, task.spec, answer.check, training, validation)
+        return answer
+
+    async def _complete(
+        self, tenant: str, spec: JobSpec, reports: TokenReports, training: Dataset, validation: Dataset | None
+    ) -> None:
+        """Fills in what the child cannot know, and keeps the reports."""
+        wanted = spec.fine_tune
+        for report, dataset in ((reports.training, training), (reports.validation, validation)):
+            if dataset is None:
+                continue
+            report.dataset_id = dataset.id
+            report.base_model = wanted.base_model
+            report.max_length = report.max_length or wanted.hyperparameters.max_length
+            report.tokenization.CopyFrom(wanted.tokenization)
+            report.tokenization.ClearField("chat_template")  # its hash is there
+        statistics = reports.training.statistics
+        statistics.estimated_steps = specs.steps(wanted, training.row_count)
+        rate = await self._jobs.newest_rate(tenant, wanted.base_model)
+        if rate and statistics.rows:
+            tokens_a_step = statistics.tokens / statistics.rows * wanted.hyperparameters.batch_size
+            statistics.estimated_seconds = math.ceil(statistics.estimated_steps * tokens_a_step / rate)
+        await self._datasets.save_token_report(tenant, reports.training)
+        if validation is not None:
+            await self._datasets.save_token_report(tenant, reports.validation)
+
+    async def _task(
+        self, tenant: str, wanted: FineTuneTask, training: Dataset, validation: Dataset | None
+    ) -> TrainerTask:
+        base = await self._registry.base(tenant, wanted.base_model) if wanted.base_model else None
+        spec = specs.resolved(
+            JobSpec(fine_tune=wanted),
+            rows=training.row_count,
+            max_positions=base.max_positions if base is not None else 0,
+            row_format=training.format,
+        )
+        task = TrainerTask(
+            spec=spec,
+            training_dataset=dataset_source(self._datasets, training),
+            cache_dir=str(self._cache),
+            cache_max_bytes=self._cache_max_bytes,
+        )
+        if base is not None:
+            task.base_model.CopyFrom(base_source(base, wanted.base_model, wanted.base_model_revision))
+        if validation is not None:
+            task.validation_dataset.CopyFrom(dataset_source(self._datasets, validation))
+        return task
+
+
+def _transfer(progress: PhaseProgressed) -> TransferProgress:
+    return TransferProgress(completed=progress.completed, total=progress.total, unit=progress.unit or "rows")
+
+
+def _raise(answer: DataAnswer) -> None:
+    """Raises InvalidArgument for an answer that says why there is none."""
+    if not answer.HasField("error"):
+        return
+    error: JobError = answer.error
+    text = f"{error.message}{' ' + error.hint if error.hint else ''}"
+    raise InvalidArgument(text, [Violation(_FIELDS.get(error.reason, "dataset"), text[:400])], reason=error.reason)
+
+
+_FIELDS: Mapping[str, str] = {
+    "MODEL_NOT_FOUND": "base_model",
+    "TEMPLATE_MISSING": "tokenization.chat_template",
+    "TEMPLATE_UNSUPPORTED": "tokenization.chat_template",
+    "TEMPLATE_INVALID": "tokenization.chat_template",
+    "TEMPLATE_MISMATCH": "tokenization.chat_template_name",
+    "TEMPLATE_TOO_SLOW": "tokenization.chat_template",
+    "TEMPLATE_TOO_LARGE": "tokenization.chat_template",
+}

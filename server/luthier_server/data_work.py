@@ -1,0 +1,162 @@
+"""Work on datasets that needs a tokenizer: done by children of the trainer host, each in a directory of its own.
+
+The server imports no tokenizer. A child is started like a trainer (`work/ID/task.binpb`, a spool for its progress) and
+leaves its result in the file `answer`; its directory goes with the call. A child that dies, hangs or takes too much is
+an error of its call alone.
+"""
+
+import asyncio
+import contextlib
+import shutil
+import signal
+import time
+import uuid
+from collections.abc import Callable, Mapping
+from dataclasses import dataclass
+from pathlib import Path
+
+import structlog
+from google.protobuf.message import DecodeError
+
+from luthier.trainer import attempt as files
+from luthier.trainer.v1.report_pb2 import TrainerReport
+from luthier.trainer.v1.task_pb2 import DataAnswer, TrainerExit, TrainerTask
+from luthier.v1.event_pb2 import PhaseProgressed
+from luthier_server.errors import Unavailable
+from luthier_server.executors.base import Executor, ExecutorError
+from luthier_server.uploads import storage_errors
+
+log = structlog.get_logger()
+_SWEEP = 0.2
+
+
+@dataclass(frozen=True, slots=True)
+class WorkLimits:
+    """Seconds. preview: a preview may take; silence: a check may go without progress."""
+
+    preview: float = 60
+    silence: float = 120
+
+
+class WorkFailed(Unavailable):
+    """The child gave no answer: it died, or was ended because it took too long."""
+
+    reason = "DATA_WORK_FAILED"
+
+
+class DataWork:
+    """Has the trainer host's children work on datasets."""
+
+    def __init__(self, executor: Executor, directory: Path, wake_socket: str) -> None:
+        self._executor = executor
+        self._directory = directory
+        self._wake_socket = wake_socket
+        self._woken = asyncio.Event()
+
+    async def prepare(self) -> None:
+        """Clears what an earlier server left; nobody waits for it any more."""
+        self._directory.mkdir(exist_ok=True)
+        for left in self._directory.iterdir():
+            await self._executor.signal(left, signal.SIGKILL)
+            await asyncio.to_thread(shutil.rmtree, left, ignore_errors=True)
+
+    def wake(self) -> None:
+        """Some child may have reported."""
+        self._woken.set()
+
+    async def run(
+        self,
+        task: TrainerTask,
+        secrets: Mapping[str, str],
+        *,
+        seconds: float = float("inf"),
+        silence: float = float("inf"),
+        on_progress: Callable[[PhaseProgressed], None] | None = None,
+    ) -> DataAnswer:
+        """The child's answer. It may take `seconds`, and `silence` seconds without progress.
+
+        Raises WorkFailed, Unavailable when none can be started, StorageFull.
+        """
+        directory = self._directory / uuid.uuid4().hex
+        task.wake_socket = self._wake_socket
+        ended = False
+        try:
+            with storage_errors():
+                directory.mkdir()
+                files.replace_file(directory / files.TASK, task.SerializeToString())
+            try:
+                await self._executor.start(directory, secrets)
+            except (ExecutorError, OSError) as error:
+                ended = isinstance(error, ExecutorError)
+                raise Unavailable(f"no work on datasets can be started: {error}") from error
+            answer = await self._answer(directory, seconds, silence, on_progress)
+            ended = True
+            return answer
+        finally:
+            if not ended:
+                await self._executor.signal(directory, signal.SIGKILL)
+            await asyncio.to_thread(shutil.rmtree, directory, ignore_errors=True)
+
+    async def _answer(
+        self,
+        directory: Path,
+        seconds: float,
+        silence: float,
+        on_progress: Callable[[PhaseProgressed], None] | None,
+    ) -> DataAnswer:
+        started = heard = time.monotonic()
+        offset = 0
+        while True:
+            self._woken.clear()
+            over = (directory / files.EXIT).exists()
+            progress, offset = _progress(directory / files.SPOOL, offset)
+            now = time.monotonic()
+            if progress is not None:
+                heard = now
+                if on_progress is not None:
+                    on_progress(progress)
+            if (answer := _read(directory / files.ANSWER)) is not None:
+                return answer
+            if over:
+                raise WorkFailed(f"the work on the dataset {_ending(directory / files.EXIT)}")
+            if now - started > seconds or now - heard > silence:
+                raise WorkFailed(
+                    f"the work on the dataset was ended: it took more than {min(seconds, silence):.0f} s"
+                    " (a chat template that never ends?)"
+                )
+            with contextlib.suppress(TimeoutError):
+                await asyncio.wait_for(self._woken.wait(), _SWEEP)
+
+
+def _progress(spool: Path, offset: int) -> tuple[PhaseProgressed | None, int]:
+    """The newest progress behind `offset`, and where the spool was read to."""
+    try:
+        with open(spool, "rb") as file:
+            file.seek(offset)
+            data = file.read()
+    except FileNotFoundError:
+        return None, offset
+    newest = None
+    end = 0
+    for payload, after in files.frames(data):
+        report = TrainerReport.FromString(payload)
+        if report.HasField("phase_progressed"):
+            newest = report.phase_progressed
+        end = after
+    return newest, offset + end
+
+
+def _read(path: Path) -> DataAnswer | None:
+    try:
+        return DataAnswer.FromString(path.read_bytes())
+    except FileNotFoundError:
+        return None
+    except DecodeError as error:
+        raise WorkFailed("the work on the dataset left no readable answer") from error
+
+
+def _ending(path: Path) -> str:
+    ended = TrainerExit.FromString(path.read_bytes())
+    if ended.signal:
+        return f"was ended by {signal.Signals(ended.signal).name}: it may need more memory or time than it is allowed"
+    return f"left without an answer (exit code {ended.code})"

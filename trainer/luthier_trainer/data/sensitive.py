@@ -1,0 +1,219 @@
+"""What should not be learnt by heart: secrets and personal data, as far as patterns tell.
+
+Nothing that is found is ever repeated in a finding. A cheap look at a row's bytes comes first, so that rows without
+long words, long numbers and @ cost next to nothing; the patterns are linear in the length of the text.
+"""
+
+import re
+import string
+from collections.abc import Callable, Iterator
+from itertools import islice
+
+from luthier_trainer.data.problem import Level, Problem
+from luthier_trainer.data.records import Record
+from luthier_trainer.data.texts import texts
+
+MAX_CANDIDATES = 1_000
+"""Places of one kind that are looked at in one text."""
+
+_SECRET_FIX = "Remove it, and revoke it if it is real: a model can repeat what it was trained on."
+_PERSONAL_FIX = "Remove it or write something made up in its place, if it is about a real person."
+
+# The shortest key below is 20 of these characters, so is the longest word of a private key; of numbers the shortest has
+# 9 digits, however they are grouped.
+_WORD = bytes(119 if chr(byte) in string.ascii_letters + string.digits + "_-" else 32 for byte in range(256))
+_LONG_WORD = b"w" * 20
+_DIGIT = bytes(48 if chr(byte) in string.digits else 32 for byte in range(256))
+_LONG_NUMBER = b"0" * 9
+
+
+def may_be_sensitive(row: bytes) -> bool:
+    """Whether a row in canonical JSON may hold anything of the below."""
+    return b"@" in row or _has_long_word(row) or _has_long_number(row)
+
+
+def _has_long_word(text: bytes) -> bool:
+    return _LONG_WORD in text.translate(_WORD)
+
+
+def _has_long_number(text: bytes) -> bool:
+    return _LONG_NUMBER in text.translate(_DIGIT, b" -.()/")
+
+
+def sensitive(record: Record) -> Iterator[Problem]:
+    """What a row may hold that it should not: one finding for secrets, one for personal data. Each names every kind and
+    where it is first."""
+    secrets: dict[str, str] = {}
+    personal: dict[str, str] = {}
+    for place, text in texts(record):
+        encoded = text.encode(errors="replace")
+        if _has_long_word(encoded):
+            for kind, literal, has in _KEYS:
+                if kind not in secrets and literal in text and has(text):
+                    secrets[kind] = place
+        if _PASSWORD not in secrets and "://" in text and _has_url_with_password(text):
+            secrets[_PASSWORD] = place
+        if _EMAIL not in personal and _has_email(text):
+            personal[_EMAIL] = place
+        if _has_long_number(encoded):
+            for kind, has in _NUMBERS:
+                if kind not in personal and has(text):
+                    personal[kind] = place
+    if secrets:
+        yield Problem("POSSIBLE_SECRET", f"The row seems to hold {_named(secrets)}.", _SECRET_FIX, Level.WARNING)
+    if personal:
+        yield Problem("POSSIBLE_PERSONAL_DATA", f"The row seems to hold {_named(personal)}.", _PERSONAL_FIX, Level.NOTE)
+
+
+def _named(found: dict[str, str]) -> str:
+    kinds = [f"{kind} ({place})" for kind, place in found.items()]
+    return kinds[0] if len(kinds) == 1 else f"{', '.join(kinds[:-1])} and {kinds[-1]}"
+
+
+def _like(pattern: str) -> Callable[[str], bool]:
+    """Whether a text has a match that looks random: placeholders such as sk-your-key-here and AKIA...EXAMPLE do not."""
+    compiled = re.compile(rf"(?<![A-Za-z0-9_-])(?:{pattern})(?![A-Za-z0-9])")
+
+    def has(text: str) -> bool:
+        return any(_looks_random(match[0]) for match in islice(compiled.finditer(text), MAX_CANDIDATES))
+
+    return has
+
+
+def _looks_random(key: str) -> bool:
+    tail = key[4:]
+    return (
+        len(set(tail)) > 8
+        and any(character.isdigit() for character in tail)
+        and any(character.isupper() for character in tail)
+        and "EXAMPLE" not in key
+    )
+
+
+_PRIVATE_KEY = re.compile(r"-----BEGIN [A-Z0-9 ]{0,40}PRIVATE KEY(?: BLOCK)?-----\s*[A-Za-z0-9+/=:\s\\-]{60}")
+_PASSWORD = "a URL with a password"
+_URL = re.compile(r"://[^\s/:@\"'<>]{1,100}:([^\s/@\"'<>]{3,200})@[A-Za-z0-9\[]")
+_NO_PASSWORDS = {"password", "passwd", "pass", "pwd", "secret", "token", "pw", "your_password", "your-password", "xxx"}
+
+
+def _has_url_with_password(text: str) -> bool:
+    for match in islice(_URL.finditer(text), MAX_CANDIDATES):
+        password = match[1]
+        if password.lower() not in _NO_PASSWORDS and password[0] not in "${*[%" and len(set(password)) > 2:
+            return True
+    return False
+
+
+# The name of each kind, a text that every such key holds, and whether a text has one.
+_KEYS: tuple[tuple[str, str, Callable[[str], bool]], ...] = (
+    ("a private key", "PRIVATE KEY", lambda text: _PRIVATE_KEY.search(text) is not None),
+    ("an AWS access key", "AKIA", _like("AKIA[A-Z2-7]{16}")),
+    ("an AWS session key", "ASIA", _like("ASIA[A-Z2-7]{16}")),
+    ("a Google API key", "AIza", _like("AIza[0-9A-Za-z_-]{35}")),
+    ("a GitHub token", "gh", _like("gh[pousr]_[A-Za-z0-9]{36,251}|github_pat_[A-Za-z0-9_]{22,251}")),
+    ("a GitLab token", "glpat-", _like("glpat-[A-Za-z0-9_-]{20,64}")),
+    ("a Slack token", "xox", _like("xox[abeoprs]-[A-Za-z0-9-]{16,250}")),
+    ("an Anthropic key", "sk-ant-", _like("sk-ant-[A-Za-z0-9_-]{20,200}")),
+    ("an OpenAI key", "sk-", _like("sk-(?!ant-)[A-Za-z0-9_-]{20,200}")),
+    ("a Stripe key", "k_live_", _like("[sr]k_live_[A-Za-z0-9]{20,200}")),
+    ("a Hugging Face token", "hf_", _like("hf_[A-Za-z0-9]{30,60}")),
+    ("a JSON Web Token", "eyJ", _like(r"eyJ[A-Za-z0-9_-]{10,4000}\.eyJ[A-Za-z0-9_-]{10,8000}\.[A-Za-z0-9_-]{10,2000}")),
+)
+
+
+_EMAIL = "an e-mail address"
+_LOCAL_PART = re.compile(r"[A-Za-z0-9._%+-]{1,64}\Z")
+_DOMAIN = re.compile(r"(?:[A-Za-z0-9-]{1,63}\.){1,8}([A-Za-z]{2,24})(?![\w-])")
+_IN_URL = re.compile(r"://[^\s/]{0,200}\Z")
+_NO_PERSONS = {"git", "noreply", "no-reply", "example", "user", "username", "your_email", "your.email", "email", "name"}
+_NO_TOP_LEVELS = {
+    "example",
+    "test",
+    "invalid",
+    "localhost",
+    "png",
+    "jpg",
+    "jpeg",
+    "gif",
+    "svg",
+    "webp",
+    "css",
+    "js",
+    "py",
+}
+
+
+def _has_email(text: str) -> bool:
+    at = -1
+    for _ in range(MAX_CANDIDATES):
+        at = text.find("@", at + 1)
+        if at < 0:
+            return False
+        domain = _DOMAIN.match(text, at + 1)
+        if domain is None or domain[1].lower() in _NO_TOP_LEVELS or domain[0].lower().startswith("example."):
+            continue
+        before = text[max(0, at - 200) : at]
+        local = _LOCAL_PART.search(before)
+        if local is not None and local[0].lower() not in _NO_PERSONS and not _IN_URL.search(before):
+            return True
+    return False
+
+
+# What may not stand before a match comes after its first character, so that re looks for that one character fast.
+_PHONE = re.compile(
+    # International, or North American (555 stands for numbers that are made up).
+    r"[+(2-9](?<![\w.+].)(?:(?<=\+)[1-9](?:[ .\-()]{0,2}\d){8,14}"
+    r"|(?:(?<=\()[2-9]|(?<=\d))\d\d\)?[ .\-](?!555)[2-9]\d\d[ .\-]\d{4})(?![\w\-]|\.\d)",
+    re.ASCII,
+)
+_CARD = re.compile(r"[2-6](?<![\w.\-].)(?:[ \-]?\d){12,18}(?![\w\-]|\.\d)", re.ASCII)
+# Visa, Mastercard, American Express, Diners Club, JCB, Discover: how their numbers begin, and how long they are.
+_CARD_ISSUER = re.compile(
+    r"4(?:\d{12}|\d{15}|\d{18})|(?:5[1-5]|2[2-7])\d{14}|3[47]\d{13}|3(?:0[0-5]|[68]\d)\d{11}|(?:35|6[05])\d{14}",
+    re.ASCII,
+)
+_IBAN = re.compile(r"[A-Z](?<![A-Za-z0-9].)[A-Z][0-9]{2}(?: ?[A-Z0-9]{4}){2,7}(?: ?[A-Z0-9]{1,3})?(?![A-Za-z0-9])")
+_SSN = re.compile(
+    r"[0-8](?<![\w.\-].)\d\d-\d\d-\d{4}(?<!000-.{7})(?<!666-.{7})(?<!00-.{4})(?<!0000)"
+    r"(?<!123-45-6789)(?<!078-05-1120)(?![\w\-]|\.\d)",
+    re.ASCII,
+)
+
+
+def _has_card(text: str) -> bool:
+    for match in islice(_CARD.finditer(text), MAX_CANDIDATES):
+        digits = match[0].replace(" ", "").replace("-", "")
+        if _CARD_ISSUER.fullmatch(digits) and len(set(digits)) > 3 and _luhn(digits):
+            return True
+    return False
+
+
+def _luhn(digits: str) -> bool:
+    """ISO/IEC 7812-1, annex B."""
+    total = sum(int(digit) for digit in digits[-1::-2])
+    return (total + sum(sum(divmod(2 * int(digit), 10)) for digit in digits[-2::-2])) % 10 == 0
+
+
+def _has_iban(text: str) -> bool:
+    for match in islice(_IBAN.finditer(text), MAX_CANDIDATES):
+        # What follows an IBAN in capitals is taken for a part of it: whole groups go until the sum is right.
+        groups = match[0].split(" ")
+        while groups:
+            account = "".join(groups)
+            if 15 <= len(account) <= 34 and _mod_97(account):
+                return True
+            groups.pop()
+    return False
+
+
+def _mod_97(account: str) -> bool:
+    """ISO 13616: the check digits of an IBAN."""
+    return int("".join(str(int(character, 36)) for character in account[4:] + account[:4])) % 97 == 1
+
+
+_NUMBERS: tuple[tuple[str, Callable[[str], bool]], ...] = (
+    ("a phone number", lambda text: _PHONE.search(text) is not None),
+    ("a credit card number", _has_card),
+    ("an IBAN", _has_iban),
+    ("a US social security number", lambda text: _SSN.search(text) is not None),
+)
