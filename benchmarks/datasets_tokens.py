@@ -21,9 +21,9 @@ def _luthier(path: Path, folder: Path, tokenizer: Any) -> tuple[float, float, in
     from luthier.trainer.v1.task_pb2 import DatasetSource
     from luthier.v1.tokenization_pb2 import Tokenization
     from luthier_trainer.console import SilentReporter
-    from luthier_trainer.data import tokenised
-    from luthier_trainer.data.options import Options
-    from luthier_trainer.data.template import template_of
+    from luthier_trainer.data.masks.template import template_of
+    from luthier_trainer.data.tokens import tokenised
+    from luthier_trainer.data.tokens.options import Options
 
     with open(path, "rb") as file:
         rows = sum(1 for _ in file)

@@ -27,19 +27,23 @@ def upload(path: Path) -> dict[str, Any]:
     size = path.stat().st_size
     with daemon(*puppet(1, 0.1)) as server, _client(server, path) as client:
         with Peak(server=server.process.pid, client=client.pid) as peak:
-            begin = time.time()
+            begin, idle = time.time(), _cpu(server.process.pid)
             until(lambda: _checks(server) or client.poll() is not None, _SECONDS, "the check")
             checking = time.time()
-            spent = {"server": _cpu(server.process.pid), "client": _cpu(client.pid)}
+            spent = {"server": _cpu(server.process.pid) - idle, "client": _cpu(client.pid)}
         client.kill()
         times = _times(client)
-        ends = {"hashed": times["hashed"], "sent": times["sent"]}
     return {
         "bytes": size,
-        "hash_mb_per_second": round(size / 1e6 / (ends["hashed"] - times["started"]), 1),
+        "hash_mb_per_second": round(size / 1e6 / (times["hashed"] - times["started"]), 1),
         "transfer_mb_per_second": round(size / 1e6 / (checking - times["first"]), 1),
         "whole_mb_per_second": round(size / 1e6 / (checking - times["started"]), 1),
         "whole_seconds": round(checking - begin, 2),
+        "seconds": {
+            "hashing": round(times["hashed"] - times["started"], 2),
+            "sending": round(times["sent"] - times["first"], 2),
+            "ending": round(checking - times["sent"], 2),
+        },
         "cpu_seconds": {name: round(each, 2) for name, each in spent.items()},
         "server_idle_mb": round(peak.first["server"], 1),
         "server_peak_mb": round(peak.most["server"], 1),

@@ -19,7 +19,7 @@ from luthier.v1.job_pb2 import FineTuneTask, JobError, JobSpec
 from luthier_server import spec as specs
 from luthier_server.data_work import DataWork, WorkLimits
 from luthier_server.datasets import Datasets
-from luthier_server.errors import InvalidArgument, Violation
+from luthier_server.errors import InvalidArgument, Violation, sentences
 from luthier_server.job import Job
 from luthier_server.registry import Registry
 from luthier_server.secrets import Secrets
@@ -192,7 +192,7 @@ def _raise(answer: DataAnswer) -> None:
     if not answer.HasField("error"):
         return
     error: JobError = answer.error
-    text = f"{error.message}{' ' + error.hint if error.hint else ''}"
+    text = sentences(error.message, error.hint)
     raise InvalidArgument(text, [Violation(_FIELDS.get(error.reason, "dataset"), text[:400])], reason=error.reason)
 
 

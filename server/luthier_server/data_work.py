@@ -28,13 +28,14 @@ from luthier_server.uploads import storage_errors
 
 log = structlog.get_logger()
 _SWEEP = 0.2
+_EXIT_SECONDS = 2.0
 
 
 @dataclass(frozen=True, slots=True)
 class WorkLimits:
     """Seconds. preview: a preview may take; silence: a check may go without progress."""
 
-    preview: float = 60
+    preview: float = 25
     silence: float = 120
 
 
@@ -106,6 +107,8 @@ class DataWork:
     ) -> DataAnswer:
         started = heard = time.monotonic()
         offset = 0
+        answer: DataAnswer | None = None
+        answered = 0.0
         while True:
             self._woken.clear()
             over = (directory / files.EXIT).exists()
@@ -115,11 +118,15 @@ class DataWork:
                 heard = now
                 if on_progress is not None:
                     on_progress(progress)
-            if (answer := _read(directory / files.ANSWER)) is not None:
+            if answer is None:
+                answer = _read(directory / files.ANSWER)
+                answered = now
+            # The host writes into the directory once more: how the child ended.
+            if answer is not None and (over or now - answered > _EXIT_SECONDS):
                 return answer
-            if over:
+            if over and answer is None:
                 raise WorkFailed(f"the work on the dataset {_ending(directory / files.EXIT)}")
-            if now - started > seconds or now - heard > silence:
+            if answer is None and (now - started > seconds or now - heard > silence):
                 raise WorkFailed(
                     f"the work on the dataset was ended: it took more than {min(seconds, silence):.0f} s"
                     " (a chat template that never ends?)"

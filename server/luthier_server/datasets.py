@@ -8,7 +8,7 @@ from collections.abc import AsyncIterator, Callable
 from dataclasses import dataclass
 from pathlib import Path
 
-from luthier.v1.dataset_pb2 import DatasetLineage
+from luthier.v1.dataset_pb2 import DatasetLineage, DatasetReading
 from luthier.v1.dataset_report_pb2 import DatasetReport, FindingLevel, TokenReport
 from luthier.v1.datasets_pb2 import DatasetMetadata
 from luthier_server import spec as specs
@@ -19,6 +19,7 @@ from luthier_server.errors import (
     InvalidArgument,
     NotFound,
     Violation,
+    sentences,
 )
 from luthier_server.ids import Ids
 from luthier_server.store import datasets as rows
@@ -130,16 +131,21 @@ class Datasets:
         self, tenant: str, metadata: DatasetMetadata, received: Received, origin: Origin | None = None
     ) -> Kept:
         """Checks a file and makes a dataset of it; with `validate_only` it only checks. Raises DatasetInvalid."""
+        report = await self._rows.report_of_bytes(tenant, received.sha256, metadata.reading)
+        if report is None:
+            report = await self._check(received, metadata.reading)
+        if not metadata.validate_only:
+            _refuse_errors(report)
+        return await self.store(tenant, metadata, received, report, origin or Origin())
+
+    async def _check(self, received: Received, reading: DatasetReading) -> DatasetReport:
         async with self._uploads.scratch() as scratch:
             try:
-                report = await self._workers.check_dataset(received.path, metadata.reading, scratch)
+                return await self._workers.check_dataset(received.path, reading, scratch)
             except WorkerDied as died:
                 # A sound file does not do that, and trying again would do it again.
                 message = f"the file cannot be read: {died.message}; write it anew, as JSONL if it is not"
                 raise DatasetInvalid(message, [Violation("file", message)]) from died
-        if not metadata.validate_only:
-            _refuse_errors(report)
-        return await self.store(tenant, metadata, received, report, origin or Origin())
 
     async def store(
         self, tenant: str, metadata: DatasetMetadata, received: Received, report: DatasetReport, origin: Origin
@@ -165,7 +171,9 @@ class Datasets:
         async with self._files:
             # The blob comes first: a row never names bytes that are not there.
             await asyncio.to_thread(_move, received.path, self.blob(dataset))
-            stored, created = await self._database.write(lambda transaction: rows.insert(transaction, dataset, report))
+            stored, created = await self._database.write(
+                lambda transaction: rows.insert(transaction, dataset, metadata.reading, report)
+            )
         return Kept(stored, created, report)
 
     async def delete(self, tenant: str, reference: str) -> Dataset:
@@ -227,13 +235,13 @@ def _refuse_errors(report: DatasetReport) -> None:
     violations = []
     budget = 3000
     for each in errors[:_SHOWN]:
-        description = f"{each.message[:200]} {each.fix[:120]}".strip() + f" [{each.code}]"
+        description = f"{sentences(each.message[:200], each.fix[:120])} [{each.code}]"
         budget -= len(description) + 16
         if budget < 0:
             break
         violations.append(Violation(f"line {each.line}" if each.line else "file", description))
     raise DatasetInvalid(
-        f"{where}{first.message[:300]}{' ' + first.fix[:200] if first.fix else ''}{more}",
+        f"{where}{sentences(first.message[:300], first.fix[:200])}{more}",
         violations,
         metadata={
             "findings": str(count),

@@ -25,6 +25,13 @@ from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 
 
+def sentences(message: str, advice: str) -> str:
+    """A message and what to do about it, as one text."""
+    if not advice:
+        return message
+    return f"{message}{'' if message.endswith(('.', '!', '?', ':')) else '.'} {advice[0].upper()}{advice[1:]}"
+
+
 @dataclass(frozen=True, slots=True)
 class Violation:
     """One broken rule: the path of the field, and what is wrong with it."""

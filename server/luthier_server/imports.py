@@ -3,12 +3,13 @@
 import asyncio
 import hashlib
 import json
-from collections.abc import AsyncIterator, Sequence
+from collections.abc import AsyncIterator, Iterator, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 
 from luthier.trainer.v1.data_pb2 import FetchFailed
 from luthier.v1.datasets_pb2 import DatasetMetadata, ImportDatasetRequest, TransferProgress
+from luthier_server import spec as specs
 from luthier_server.datasets import Datasets, Kept, Origin
 from luthier_server.errors import (
     Exhausted,
@@ -19,6 +20,7 @@ from luthier_server.errors import (
     StorageFull,
     Unavailable,
     Violation,
+    sentences,
 )
 from luthier_server.secrets import Secrets
 from luthier_server.uploads import Received, Uploads
@@ -57,6 +59,7 @@ class Imports:
         Raises FailedPrecondition for a source that the operator does not allow, InvalidArgument, NotFound, Exhausted,
         Unavailable, DatasetInvalid, StorageFull.
         """
+        specs.refuse(list(_violations(request)))
         environment = {_TOKEN: self._secrets.value(request.token_secret)} if request.token_secret else {}
         async with self._uploads.scratch() as scratch:
             order, output = scratch / "request.json", scratch / "data"
@@ -92,6 +95,16 @@ class Imports:
         return order
 
 
+def _violations(request: ImportDatasetRequest) -> Iterator[Violation]:
+    hub = request.WhichOneof("source") == "hub"
+    if request.token_secret and not hub and not request.url.lower().startswith(("https:", "http:")):
+        yield Violation(
+            "token_secret", "is of use for the hub and for https alone: buckets have the server's credentials"
+        )
+    if request.sha256 and hub:
+        yield Violation("sha256", "cannot be checked for a dataset of the hub: give its revision")
+
+
 def _received(path: Path) -> Received:
     with open(path, "rb") as file:
         sha256 = hashlib.file_digest(file, "sha256").hexdigest()
@@ -100,7 +113,7 @@ def _received(path: Path) -> Received:
 
 def _error(failed: FetchFailed, request: ImportDatasetRequest) -> LuthierError:
     """What a fetch that failed is to the caller."""
-    text = failed.message + (f": {failed.hint}" if failed.hint else "")
+    text = sentences(failed.message, failed.hint)
     source = request.WhichOneof("source") or "url"
     match failed.reason:
         case reason if reason.endswith("_NOT_ALLOWED"):

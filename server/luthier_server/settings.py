@@ -49,9 +49,9 @@ class Settings:
     max_dataset_bytes: int = _option(16 * 2**30, "largest dataset file", metavar="BYTES")
     cache_bytes: int = _option(20 * 2**30, "room for tokenised datasets; the least used ones go", metavar="BYTES")
     import_host: tuple[str, ...] = _option(
-        ("huggingface.co", "*.hf.co"),
-        "host that datasets may be imported from, NAME[:PORT] or *.NAME, http://NAME[:PORT] for one without TLS; may be"
-        " repeated",
+        ("huggingface.co", "*.huggingface.co", "hf.co", "*.hf.co"),
+        "host that datasets may be imported from: NAME, *.NAME, NAME:PORT, http://NAME:PORT, or * for any with a public"
+        " address; may be repeated",
         metavar="HOST",
     )
     import_network: tuple[str, ...] = _option(

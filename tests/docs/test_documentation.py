@@ -141,7 +141,7 @@ def test_every_reason_of_the_trainer_is_written_down() -> None:
 
 
 def test_every_code_of_a_dataset_finding_is_written_down() -> None:
-    found = constants(ROOT / "trainer" / "luthier_trainer" / "data", calls={"Problem"})
+    found = constants(ROOT / "trainer" / "luthier_trainer" / "data", calls={"Problem", "Refusal"})
     assert {"NOT_JSON", "EMPTY_ASSISTANT"} <= found
     assert found - code(page("datasets.md")) == set()
 

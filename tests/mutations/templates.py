@@ -7,10 +7,10 @@ from typing import Any
 
 from mutations.mutant import SECRET_PATH, Template
 
-import luthier_trainer.data
+import luthier_trainer.data.masks
 from luthier.v1.tokenization_pb2 import Overlong, Tokenization, TrainOn
 
-_BROUGHT = Path(luthier_trainer.data.__file__).parent / "templates"
+_BROUGHT = Path(luthier_trainer.data.masks.__file__).parent / "templates"
 _LOOP = "{% for i in range(99999) %}"
 _NS = "{% set ns = namespace(a='x', b=[1], c=[1]) %}"
 

@@ -47,11 +47,11 @@ def test_the_engine_counts_the_tokens_that_the_benchmark_counts(tmp_path: Path) 
     from transformers import AutoTokenizer
 
     from luthier_trainer.console import SilentReporter
-    from luthier_trainer.data import tokenised
-    from luthier_trainer.data.masking import Masking
-    from luthier_trainer.data.options import Options
-    from luthier_trainer.data.overlong import Overlong
-    from luthier_trainer.data.template import template_of
+    from luthier_trainer.data.masks.masking import Masking
+    from luthier_trainer.data.masks.template import template_of
+    from luthier_trainer.data.tokens import tokenised
+    from luthier_trainer.data.tokens.options import Options
+    from luthier_trainer.data.tokens.overlong import Overlong
 
     workload.write_model(tmp_path / "model")
     rows = workload.sample(8)

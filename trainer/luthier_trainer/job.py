@@ -16,10 +16,10 @@ from luthier.v1 import event_pb2, tokenization_pb2
 from luthier_trainer import checkpoint, durable, lora
 from luthier_trainer.batches import Batches
 from luthier_trainer.config import Places, Settings
-from luthier_trainer.data import tokenised
-from luthier_trainer.data.render import prompt_ids
-from luthier_trainer.data.tokenised import TokenisedRows
-from luthier_trainer.data.tokens import tokens_for
+from luthier_trainer.data.masks.render import prompt_ids
+from luthier_trainer.data.tokens import tokenised
+from luthier_trainer.data.tokens.task import tokens_for
+from luthier_trainer.data.tokens.tokenised import TokenisedRows
 from luthier_trainer.errors import TrainingError
 from luthier_trainer.forward import Forward
 from luthier_trainer.masters import Masters

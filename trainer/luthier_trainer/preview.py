@@ -7,7 +7,7 @@ from typing import TYPE_CHECKING
 
 from luthier.trainer.v1 import task_pb2
 from luthier.v1 import datasets_pb2, tokenization_pb2
-from luthier_trainer.data.findings import Findings
+from luthier_trainer.data.doctor.findings import Findings
 from luthier_trainer.data.formats import records
 from luthier_trainer.data.problem import Problem
 from luthier_trainer.data.reading import Reading
@@ -15,7 +15,7 @@ from luthier_trainer.data.records import Message, Passage, Prompt, Record, passa
 from luthier_trainer.stop import Check
 
 if TYPE_CHECKING:
-    from luthier_trainer.data.tokens import Tokens
+    from luthier_trainer.data.tokens.task import Tokens
 
 _MOST_TEXT = 64 * 1024
 _ROWS = 3
@@ -27,7 +27,7 @@ def preview(task: task_pb2.TrainerTask, check: Check) -> datasets_pb2.PreviewDat
     tokens: Tokens | None = None
     response = datasets_pb2.PreviewDatasetResponse()
     if task.base_model.location:
-        from luthier_trainer.data.tokens import tokens_for
+        from luthier_trainer.data.tokens.task import tokens_for
 
         tokens = tokens_for(task)
     methods: list[str] = []
@@ -45,7 +45,7 @@ def preview(task: task_pb2.TrainerTask, check: Check) -> datasets_pb2.PreviewDat
                 if tokens is None:
                     sequence.text = _cut(passage.text or "")
                 else:
-                    from luthier_trainer.data.seen import see
+                    from luthier_trainer.data.tokens.seen import see
 
                     text, method, problems = see(passage, tokens, sequence)
                     sequence.text = _cut(text)

@@ -6,7 +6,7 @@ from typing import TypeVar
 
 from luthier.v1 import event_pb2
 from luthier_trainer import checkpoint
-from luthier_trainer.data import tokenised
+from luthier_trainer.data.tokens import tokenised
 from luthier_trainer.errors import TrainingError
 from luthier_trainer.job import Job
 

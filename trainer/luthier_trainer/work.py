@@ -14,14 +14,14 @@ from typing import NoReturn
 from luthier.trainer.v1 import task_pb2
 from luthier.v1 import dataset_report_pb2, datasets_pb2, job_pb2
 from luthier_trainer.control import Control
-from luthier_trainer.data.findings import MAX_LISTED, Findings
+from luthier_trainer.data.doctor.findings import MAX_LISTED, Findings
 from luthier_trainer.errors import TrainingError
 from luthier_trainer.preview import preview
 from luthier_trainer.report import Reporter
 from luthier_trainer.stop import Check, check_of
 
 _MEMORY = 4 << 30
-_PREVIEW_SECONDS = 60
+_PREVIEW_SECONDS = 15
 
 
 def fence(task: task_pb2.TrainerTask) -> None:
@@ -64,9 +64,9 @@ def perform(task: task_pb2.TrainerTask, reporter: Reporter, control: Control) ->
 
 def _reports(task: task_pb2.TrainerTask, reporter: Reporter, check: Check) -> datasets_pb2.TokenReports:
     """Tokenises the datasets into the cache. Raises TrainingError, for a job also for what it cannot train."""
-    from luthier_trainer.data import tokenised
-    from luthier_trainer.data.leakage import leakage
-    from luthier_trainer.data.tokens import tokens_for
+    from luthier_trainer.data.tokens import tokenised
+    from luthier_trainer.data.tokens.leakage import leakage
+    from luthier_trainer.data.tokens.task import tokens_for
 
     tokens = tokens_for(task)
 

@@ -94,6 +94,15 @@ class Datasets:
         rows = await self._database.read("SELECT report FROM dataset_reports WHERE dataset_id = ?", (dataset_id,))
         return DatasetReport.FromString(rows[0]["report"]) if rows else DatasetReport()
 
+    async def report_of_bytes(self, tenant: str, sha256: str, asked: DatasetReading) -> DatasetReport | None:
+        """What the check of these bytes found when they were to be read in the same way; None when they never were."""
+        rows = await self._database.read(
+            "SELECT report FROM dataset_reports JOIN datasets ON datasets.id = dataset_id"
+            " WHERE datasets.tenant = ? AND sha256 = ? AND asked = ? LIMIT 1",
+            (tenant, sha256, _text(asked)),
+        )
+        return DatasetReport.FromString(rows[0]["report"]) if rows else None
+
     async def token_reports(self, dataset_id: str) -> list[TokenReport]:
         """What checks for base models found, newest first; at most 20."""
         rows = await self._database.read(
@@ -108,7 +117,9 @@ class Datasets:
         return [row["name"] for row in rows]
 
 
-async def insert(transaction: Transaction, dataset: Dataset, report: DatasetReport) -> tuple[Dataset, bool]:
+async def insert(
+    transaction: Transaction, dataset: Dataset, asked: DatasetReading, report: DatasetReport
+) -> tuple[Dataset, bool]:
     """Adds a dataset under the next version of its name; or finds the version that has these bytes, read the same way.
 
     Returns the row and whether it is new.
@@ -130,8 +141,8 @@ async def insert(transaction: Transaction, dataset: Dataset, report: DatasetRepo
         _values(dataset),
     )
     await transaction.execute(
-        "INSERT INTO dataset_reports (dataset_id, tenant, report) VALUES (?, ?, ?)",
-        (dataset.id, dataset.tenant, report.SerializeToString()),
+        "INSERT INTO dataset_reports (dataset_id, tenant, asked, report) VALUES (?, ?, ?, ?)",
+        (dataset.id, dataset.tenant, _text(asked), report.SerializeToString()),
     )
     return dataset, True
 

@@ -59,13 +59,17 @@ def a_dataset() -> Dataset:
     )
 
 
+def a_model() -> Model:
+    return Model("model_1", "default", "n", "job_1", "b", "lora", 1, 1, {"loss": 1.0}, 1, "ds_1", "ds_2")
+
+
 @pytest.mark.parametrize(
     "message",
     [
         convert.job_proto(a_job(), "history", 3),
         convert.dataset_proto(a_dataset()),
         convert.checkpoint_proto(Checkpoint("job_1", 1, 1, "000001-a1", 1, 1)),
-        convert.model_proto(Model("model_1", "default", "n", "job_1", "b", "lora", 1, 1, {"loss": 1.0}, 1, "ds_1", "ds_2")),
+        convert.model_proto(a_model()),
     ],
     ids=lambda message: type(message).__name__,
 )

@@ -14,10 +14,10 @@ import pyarrow as pa
 import pytest
 from pyarrow import parquet
 
-from luthier_trainer.data import archive, compressed
+from luthier_trainer.data.files import archive, compressed
+from luthier_trainer.data.files.rows import Row, open_rows
 from luthier_trainer.data.problem import Problem
 from luthier_trainer.data.reading import FileFormat, Reading
-from luthier_trainer.data.rows import Row, open_rows
 
 GOOD = b'{"prompt": "a", "completion": "b"}\n'
 PNG = b"\x89PNG\r\n\x1a\n"
@@ -74,9 +74,9 @@ def table() -> bytes:
         ("rows.jsonl", GOOD),
         ("data/train.json", b"[" + GOOD + b"]"),
         ("a/b/c.CSV", b"prompt,completion\na,b\n"),
-        ("rows.jsonl.gz", gzip.compress(GOOD)),
+        ("rows.jsonl.gz", gzip.compress(GOOD, mtime=0)),
         ("rows.parquet", table()),
-        ("rows.parquet.gz", gzip.compress(table())),
+        ("rows.parquet.gz", gzip.compress(table(), mtime=0)),
         ("without an ending", GOOD),
     ],
 )
@@ -181,7 +181,7 @@ def test_bombs_end_at_the_limit(tmp_path: Path, monkeypatch: pytest.MonkeyPatch)
     monkeypatch.setattr(compressed, "RATIO_FROM", 1024**2)
     for name, content in (
         ("rows.jsonl", b"\n" * 4_000_000),
-        ("rows.jsonl.gz", gzip.compress(b"\n" * 4_000_000)),
+        ("rows.jsonl.gz", gzip.compress(b"\n" * 4_000_000, mtime=0)),
         ("rows.parquet", b"PAR1" + b"\0" * 4_000_000),
     ):
         assert problems(read(tmp_path, packed({name: content}))) == [(0, "FILE_TOO_LARGE")]

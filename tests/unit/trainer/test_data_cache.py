@@ -11,8 +11,8 @@ from pathlib import Path
 import pytest
 
 from luthier_trainer import durable
-from luthier_trainer.data import cache
-from luthier_trainer.data.cache import COUNTS
+from luthier_trainer.data.tokens import cache
+from luthier_trainer.data.tokens.cache import COUNTS
 
 ROWS = 600
 SCRIPT = """
@@ -20,11 +20,11 @@ import sys
 from pathlib import Path
 from luthier.trainer.v1 import task_pb2
 from transformers import AutoTokenizer
-from luthier_trainer.data import cache, tokenised
-from luthier_trainer.data.masking import Masking
-from luthier_trainer.data.options import Options
-from luthier_trainer.data.overlong import Overlong
-from luthier_trainer.data.template import template_of
+from luthier_trainer.data.tokens import cache, tokenised
+from luthier_trainer.data.masks.masking import Masking
+from luthier_trainer.data.tokens.options import Options
+from luthier_trainer.data.tokens.overlong import Overlong
+from luthier_trainer.data.masks.template import template_of
 from luthier_trainer.inspect import BUILTIN
 
 class Silent:

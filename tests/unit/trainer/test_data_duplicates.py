@@ -5,9 +5,9 @@ from pathlib import Path
 
 import pytest
 
-from luthier_trainer.data import duplicates as duplicates_module
-from luthier_trainer.data.duplicates import Duplicates, content, digests
-from luthier_trainer.data.findings import Findings
+from luthier_trainer.data.doctor import duplicates as duplicates_module
+from luthier_trainer.data.doctor.duplicates import Duplicates, content, digests
+from luthier_trainer.data.doctor.findings import Findings
 from luthier_trainer.data.problem import Problem
 from luthier_trainer.data.records import Chat, Preference, Prompt, Record, Text, Unpaired
 

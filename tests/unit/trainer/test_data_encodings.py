@@ -4,8 +4,8 @@
 
 import pytest
 
-from luthier_trainer.data.duplicates import content
-from luthier_trainer.data.encodings import may_be_odd, odd_encoding
+from luthier_trainer.data.doctor.duplicates import content
+from luthier_trainer.data.doctor.encodings import may_be_odd, odd_encoding
 from luthier_trainer.data.problem import Level
 from luthier_trainer.data.records import Chat, Record, Text
 

@@ -3,7 +3,7 @@
 import random
 
 from luthier.v1 import dataset_report_pb2
-from luthier_trainer.data.findings import MAX_LISTED, MAX_LISTED_OF_ONE_CODE, MAX_TEXT, Findings
+from luthier_trainer.data.doctor.findings import MAX_LISTED, MAX_LISTED_OF_ONE_CODE, MAX_TEXT, Findings
 from luthier_trainer.data.problem import Level, Problem
 
 ERROR = Problem("NOT_JSON", "The row is not JSON.", "Write JSON.")

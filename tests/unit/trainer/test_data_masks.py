@@ -17,12 +17,12 @@ from transformers import PreTrainedTokenizerFast
 
 from luthier.v1 import tokenization_pb2
 from luthier_trainer.data.formats import records
-from luthier_trainer.data.masking import Masking, TrainOn
+from luthier_trainer.data.masks.masking import Masking, TrainOn
+from luthier_trainer.data.masks.render import problems, render, tokenise
+from luthier_trainer.data.masks.template import RowRefused, Template, template_of
 from luthier_trainer.data.problem import Problem
 from luthier_trainer.data.reading import Reading
 from luthier_trainer.data.records import passages
-from luthier_trainer.data.render import problems, render, tokenise
-from luthier_trainer.data.template import RowRefused, Template, template_of
 
 _FAST: Any = PreTrainedTokenizerFast  # its constructor has no annotations
 

@@ -15,9 +15,9 @@ import pyarrow as pa
 import pytest
 from pyarrow import parquet
 
+from luthier_trainer.data.files.rows import open_rows
 from luthier_trainer.data.problem import Problem
 from luthier_trainer.data.reading import FileFormat, Reading
-from luthier_trainer.data.rows import open_rows
 
 ROUNDS = 40
 MAX_ROWS = 100_000

@@ -8,9 +8,9 @@ import pytest
 from tokenizers import Tokenizer, decoders, models, pre_tokenizers, processors, trainers
 from transformers import PreTrainedTokenizerFast
 
+from luthier_trainer.data.masks.render import Example, prompt_ids, render, template_sha256, tokenise
+from luthier_trainer.data.masks.template import CHATML, template_of
 from luthier_trainer.data.records import Conversation, Message, Passage
-from luthier_trainer.data.render import Example, prompt_ids, render, template_sha256, tokenise
-from luthier_trainer.data.template import CHATML, template_of
 from luthier_trainer.errors import TrainingError
 
 _FAST: Any = PreTrainedTokenizerFast  # its constructor has no annotations

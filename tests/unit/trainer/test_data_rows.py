@@ -7,10 +7,10 @@ from typing import Any
 
 import pytest
 
-from luthier_trainer.data import rows as rows_module
+from luthier_trainer.data.files import rows as rows_module
+from luthier_trainer.data.files.rows import Row, open_rows
 from luthier_trainer.data.problem import Problem
 from luthier_trainer.data.reading import FileFormat, Reading
-from luthier_trainer.data.rows import Row, open_rows
 
 GOOD = b'{"prompt": "a", "completion": "b"}\n'
 

@@ -5,10 +5,10 @@ import time
 
 import pytest
 
-from luthier_trainer.data.duplicates import content
+from luthier_trainer.data.doctor.duplicates import content
+from luthier_trainer.data.doctor.sensitive import may_be_sensitive, sensitive
 from luthier_trainer.data.problem import Level
 from luthier_trainer.data.records import Chat, Record, Text
-from luthier_trainer.data.sensitive import may_be_sensitive, sensitive
 
 _random = random.Random(4)
 

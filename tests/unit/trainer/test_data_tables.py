@@ -15,11 +15,11 @@ import pyarrow as pa
 import pytest
 from pyarrow import parquet
 
-from luthier_trainer.data import compressed
-from luthier_trainer.data import rows as rows_module
+from luthier_trainer.data.files import compressed
+from luthier_trainer.data.files import rows as rows_module
+from luthier_trainer.data.files.rows import Row, open_rows
 from luthier_trainer.data.problem import Level, Problem
 from luthier_trainer.data.reading import FileFormat, Reading
-from luthier_trainer.data.rows import Row, open_rows
 
 
 def read(tmp_path: Path, content: bytes, **reading: Any) -> list[Row]:
@@ -249,7 +249,7 @@ def test_a_table_takes_the_memory_of_a_few_rows(tmp_path: Path) -> None:
 def test_text_is_read_without_loading_pyarrow() -> None:
     code = (
         "import sys, pathlib, tempfile\n"
-        "from luthier_trainer.data.rows import open_rows\n"
+        "from luthier_trainer.data.files.rows import open_rows\n"
         "with tempfile.NamedTemporaryFile() as file:\n"
         "    file.write(b'a,b\\n1,2\\n'); file.flush()\n"
         "    assert len(list(open_rows(pathlib.Path(file.name)))) == 1\n"

@@ -15,13 +15,13 @@ from transformers import PreTrainedTokenizerFast
 from transformers.utils import chat_template_utils
 
 from luthier.v1 import tokenization_pb2
-from luthier_trainer.data import sandbox
-from luthier_trainer.data.masking import Masking
+from luthier_trainer.data.masks import sandbox
+from luthier_trainer.data.masks.masking import Masking
+from luthier_trainer.data.masks.spans import render
+from luthier_trainer.data.masks.template import RowRefused, Template, template_of
+from luthier_trainer.data.masks.templates import NAMED
 from luthier_trainer.data.problem import Problem
 from luthier_trainer.data.records import Conversation, Message, Passage
-from luthier_trainer.data.spans import render
-from luthier_trainer.data.template import RowRefused, Template, template_of
-from luthier_trainer.data.templates import NAMED
 from luthier_trainer.errors import TrainingError
 
 _FAST: Any = PreTrainedTokenizerFast  # its constructor has no annotations

@@ -13,16 +13,16 @@ from transformers import AutoTokenizer
 
 from luthier.trainer.v1 import task_pb2
 from luthier.v1 import dataset_pb2, dataset_report_pb2, event_pb2
-from luthier_trainer.data import tokenised
-from luthier_trainer.data.leakage import leakage
-from luthier_trainer.data.masking import Masking, TrainOn
-from luthier_trainer.data.options import Options
-from luthier_trainer.data.overlong import Overlong
+from luthier_trainer.data.masks.masking import Masking, TrainOn
+from luthier_trainer.data.masks.render import tokenise
+from luthier_trainer.data.masks.spans import render
+from luthier_trainer.data.masks.template import template_of
 from luthier_trainer.data.records import Conversation, Passage
-from luthier_trainer.data.render import tokenise
-from luthier_trainer.data.spans import render
-from luthier_trainer.data.template import template_of
-from luthier_trainer.data.tokenised import TokenisedRows, require_trainable
+from luthier_trainer.data.tokens import tokenised
+from luthier_trainer.data.tokens.leakage import leakage
+from luthier_trainer.data.tokens.options import Options
+from luthier_trainer.data.tokens.overlong import Overlong
+from luthier_trainer.data.tokens.tokenised import TokenisedRows, require_trainable
 from luthier_trainer.errors import TrainingError
 from luthier_trainer.inspect import BUILTIN
 from luthier_trainer.report import Payload
@@ -219,7 +219,7 @@ def test_progress_is_told_at_most_twice_a_second_and_at_the_end(
     clock = iter(range(10_000))
     recorder = Recorder()
     with monkeypatch.context() as patch:
-        patch.setattr("luthier_trainer.data.conversion._monotonic", lambda: next(clock) * 0.3)
+        patch.setattr("luthier_trainer.data.tokens.conversion._monotonic", lambda: next(clock) * 0.3)
         load_from(source, tokenizer, tmp_path, recorder=recorder)
     # A batch of 256 rows takes 0.3 s by this clock, so every second batch is told.
     assert recorder.completed() == [512, 1024, 1536, 2000, 2000]

@@ -19,11 +19,11 @@ from luthier.trainer.v1.task_pb2 import ControlAction
 from luthier.v1 import event_pb2
 from luthier_trainer import checkpoint, durable, inspect, sft
 from luthier_trainer.control import NoControl
-from luthier_trainer.data import tokenised
-from luthier_trainer.data.masking import Masking
-from luthier_trainer.data.options import Options
-from luthier_trainer.data.overlong import Overlong
-from luthier_trainer.data.template import template_of
+from luthier_trainer.data.masks.masking import Masking
+from luthier_trainer.data.masks.template import template_of
+from luthier_trainer.data.tokens import tokenised
+from luthier_trainer.data.tokens.options import Options
+from luthier_trainer.data.tokens.overlong import Overlong
 from luthier_trainer.errors import TrainingError
 from luthier_trainer.model import load_tokenizer
 
@@ -143,7 +143,7 @@ def test_a_tokenised_dataset_in_use_is_not_dropped_and_one_out_of_use_is(tmp_pat
 
     rows = load()
     program = (
-        "import sys; from pathlib import Path; from luthier_trainer.data import tokenised\n"
+        "import sys; from pathlib import Path; from luthier_trainer.data.tokens import tokenised\n"
         "print(*tokenised.drop_unused(Path(sys.argv[1])))"
     )
 

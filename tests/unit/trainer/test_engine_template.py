@@ -11,8 +11,8 @@ from luthier.trainer.v1 import report_pb2
 from luthier.v1 import event_pb2, tokenization_pb2
 from luthier_trainer import fine_tune, sft
 from luthier_trainer.control import NoControl
-from luthier_trainer.data.render import template_sha256
-from luthier_trainer.data.template import template_of
+from luthier_trainer.data.masks.render import template_sha256
+from luthier_trainer.data.masks.template import template_of
 from luthier_trainer.errors import TrainingError
 
 GIVEN = (

@@ -13,12 +13,12 @@ from luthier.trainer.v1 import report_pb2, task_pb2
 from luthier.v1 import dataset_report_pb2, event_pb2, tokenization_pb2
 from luthier_trainer import sft
 from luthier_trainer.control import NoControl
-from luthier_trainer.data import tokenised
-from luthier_trainer.data.masking import Masking
-from luthier_trainer.data.options import Options
-from luthier_trainer.data.overlong import Overlong, cut
-from luthier_trainer.data.template import template_of
-from luthier_trainer.data.tokenised import TokenisedRows, require_trainable
+from luthier_trainer.data.masks.masking import Masking
+from luthier_trainer.data.masks.template import template_of
+from luthier_trainer.data.tokens import tokenised
+from luthier_trainer.data.tokens.options import Options
+from luthier_trainer.data.tokens.overlong import Overlong, cut
+from luthier_trainer.data.tokens.tokenised import TokenisedRows, require_trainable
 from luthier_trainer.errors import TrainingError
 from luthier_trainer.inspect import BUILTIN
 

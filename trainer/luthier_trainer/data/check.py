@@ -20,20 +20,22 @@ from types import FrameType
 from google.protobuf.message import DecodeError
 
 from luthier.v1 import dataset_pb2, dataset_report_pb2
-from luthier_trainer.data.duplicates import Duplicates, content, digests
-from luthier_trainer.data.encodings import may_be_odd, odd_encoding
-from luthier_trainer.data.findings import Findings
+from luthier_trainer.data.doctor.duplicates import Duplicates, content, digests
+from luthier_trainer.data.doctor.encodings import may_be_odd, odd_encoding
+from luthier_trainer.data.doctor.findings import Findings
+from luthier_trainer.data.doctor.sensitive import may_be_sensitive, sensitive
+from luthier_trainer.data.doctor.statistics import Statistics
+from luthier_trainer.data.doctor.texts import texts_of
+from luthier_trainer.data.files.rows import MAX_PROBLEMS
 from luthier_trainer.data.formats import records
 from luthier_trainer.data.problem import Level, Problem
 from luthier_trainer.data.reading import Reading
 from luthier_trainer.data.records import Chat, Preference, Record, Text
-from luthier_trainer.data.sensitive import may_be_sensitive, sensitive
-from luthier_trainer.data.statistics import Statistics
-from luthier_trainer.data.texts import texts_of
 
 MEMORY_LIMIT = 4 * 1024**3
 CPU_SECONDS = 15 * 60
 
+_TOO_MANY = Problem("TOO_MANY_PROBLEMS", f"{MAX_PROBLEMS:,} rows are wrong. The rest of the file is not looked at.")
 _TOO_LARGE = Problem("FILE_TOO_LARGE", "The file does not fit in memory. Write it as JSONL, one object a line.")
 _TOO_SLOW = Problem(
     "CHECK_TOO_LONG",
@@ -59,6 +61,9 @@ def check(path: Path, reading: Reading, scratch: Path) -> dataset_report_pb2.Dat
                 rows += line > 0
                 if isinstance(record, Problem):
                     findings.add(line, record)
+                    if findings.errors >= MAX_PROBLEMS:
+                        findings.add(0, _TOO_MANY)
+                        break
                     continue
                 statistics.add(line, record)
                 for problem in _doubts(record):

@@ -41,14 +41,14 @@ from google.protobuf import json_format
 from luthier.trainer.v1 import data_pb2
 from luthier.v1 import dataset_pb2
 from luthier_trainer.data.check import OutOfTime, check, limit_resources
-from luthier_trainer.data.duplicates import content, digests
+from luthier_trainer.data.doctor.duplicates import content, digests
+from luthier_trainer.data.doctor.texts import conversations
+from luthier_trainer.data.files.rows import RowFile, open_rows
 from luthier_trainer.data.formats import records
 from luthier_trainer.data.problem import Problem
 from luthier_trainer.data.reading import FileFormat, Format, Reading
 from luthier_trainer.data.records import Record, images
-from luthier_trainer.data.rows import RowFile, open_rows
 from luthier_trainer.data.selection import smallest, smallest_groups
-from luthier_trainer.data.texts import conversations
 
 ROWS_NAME = "rows.jsonl"
 _CHUNK = 1024 * 1024

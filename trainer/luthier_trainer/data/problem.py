@@ -14,8 +14,8 @@ class Level(StrEnum):
 
 @dataclass(frozen=True, slots=True)
 class Problem:
-    """What is wrong with a row. code: a stable name; message: a sentence that a person can act on; fix: what to do, where
-    the message does not say it."""
+    """What is wrong with a row. code: a stable name; message: a sentence that a person can act on; fix: what to do,
+    where the message does not say it."""
 
     code: str
     message: str

@@ -106,8 +106,8 @@ Record = Chat | Text | Preference | Unpaired | Prompt
 
 @dataclass(frozen=True, slots=True)
 class Passage:
-    """What becomes one sequence of tokens. name: as in `luthier.v1.PreviewSequence`; exactly one of messages and text is
-    given; to_answer: it ends with the generation prompt, and nothing of it is trained."""
+    """What becomes one sequence of tokens. name: as in `luthier.v1.PreviewSequence`; exactly one of messages and text
+    is given; to_answer: it ends with the generation prompt, and nothing of it is trained."""
 
     name: str = ""
     messages: Conversation | None = None

@@ -7,10 +7,12 @@ ALTER TABLE datasets ADD COLUMN warnings INTEGER NOT NULL DEFAULT 0;
 ALTER TABLE models ADD COLUMN training_dataset TEXT NOT NULL DEFAULT '';
 ALTER TABLE models ADD COLUMN validation_dataset TEXT NOT NULL DEFAULT '';
 
--- What the structural check found: a serialized DatasetReport.
+-- What the structural check found: a serialized DatasetReport. asked: the reading that was asked for, as proto JSON; the
+-- same bytes, asked for in the same way, need no second check.
 CREATE TABLE dataset_reports (
     dataset_id TEXT NOT NULL PRIMARY KEY REFERENCES datasets (id) ON DELETE CASCADE,
     tenant TEXT NOT NULL DEFAULT 'default',
+    asked TEXT NOT NULL,
     report BLOB NOT NULL
 ) STRICT, WITHOUT ROWID;
 

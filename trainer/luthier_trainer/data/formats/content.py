@@ -1,10 +1,10 @@
 """What a turn says: text, or parts of text and images."""
 
+from luthier_trainer.data.files.row import shown
 from luthier_trainer.data.formats.fields import text
 from luthier_trainer.data.formats.images import image
 from luthier_trainer.data.formats.refusal import Refusal
 from luthier_trainer.data.records import ImagePart, TextPart
-from luthier_trainer.data.row import shown
 
 
 def content(value: object, where: str) -> str | list[TextPart | ImagePart]:

@@ -6,6 +6,7 @@ from pathlib import Path
 from types import TracebackType
 from typing import Self
 
+from luthier_trainer.data.files.rows import RowFile, open_rows
 from luthier_trainer.data.formats.convert import convert
 from luthier_trainer.data.formats.detect import detect
 from luthier_trainer.data.formats.images import missing
@@ -13,7 +14,6 @@ from luthier_trainer.data.formats.unknown import fix, unknown
 from luthier_trainer.data.problem import Problem
 from luthier_trainer.data.reading import Format, Reading
 from luthier_trainer.data.records import Record, Text
-from luthier_trainer.data.rows import RowFile, open_rows
 
 # Looking for near names takes longer than reading a row.
 _GUESSES = 1000

@@ -12,6 +12,7 @@ Nothing is fetched.
 import binascii
 from collections.abc import Callable, Mapping
 
+from luthier_trainer.data.files.row import shown
 from luthier_trainer.data.formats.refusal import Refusal
 from luthier_trainer.data.problem import Problem
 from luthier_trainer.data.records import (
@@ -27,7 +28,6 @@ from luthier_trainer.data.records import (
     Unpaired,
     images,
 )
-from luthier_trainer.data.row import shown
 
 PLACEHOLDER = "<image>"
 MAX_IMAGE_BYTES = 16 * 1024 * 1024

@@ -3,6 +3,7 @@
 import math
 from collections.abc import Mapping
 
+from luthier_trainer.data.files.row import shown
 from luthier_trainer.data.formats.chat import asked
 from luthier_trainer.data.formats.conversation import complete
 from luthier_trainer.data.formats.fields import MAX_DEPTH, nests_too_deep, required
@@ -10,7 +11,6 @@ from luthier_trainer.data.formats.order import check_asks
 from luthier_trainer.data.formats.refusal import Refusal
 from luthier_trainer.data.formats.tools import tools
 from luthier_trainer.data.records import Prompt, context
-from luthier_trainer.data.row import shown
 
 _NOT_REFERENCE = frozenset(("prompt", "system", "tools", "functions", "images", "image"))
 

@@ -11,12 +11,12 @@ from typing import Any
 
 import orjson
 
+from luthier_trainer.data.files.row import shown
 from luthier_trainer.data.formats.content import content
 from luthier_trainer.data.formats.fields import text
 from luthier_trainer.data.formats.refusal import Refusal
 from luthier_trainer.data.formats.tools import call, calls, calls_of_text
 from luthier_trainer.data.records import Conversation, Message
-from luthier_trainer.data.row import shown
 
 _ROLES = {
     **dict.fromkeys(("system", "developer"), "system"),

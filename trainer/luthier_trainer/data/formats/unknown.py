@@ -4,9 +4,9 @@ import difflib
 import shlex
 from collections.abc import Mapping
 
+from luthier_trainer.data.files.row import shown
 from luthier_trainer.data.formats.detect import ANSWERS, QUESTIONS
 from luthier_trainer.data.problem import Problem
-from luthier_trainer.data.row import shown
 
 _FIELDS = ("messages", "conversations", "prompt", "completion", "instruction", "output", "text", "chosen", "rejected")
 _FORMATS = (

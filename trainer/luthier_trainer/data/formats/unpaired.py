@@ -2,6 +2,7 @@
 
 from collections.abc import Mapping
 
+from luthier_trainer.data.files.row import shown
 from luthier_trainer.data.formats.chat import question_and_answer
 from luthier_trainer.data.formats.conversation import complete, conversation_under
 from luthier_trainer.data.formats.fields import required
@@ -9,7 +10,6 @@ from luthier_trainer.data.formats.order import Place, check_trained, numbered
 from luthier_trainer.data.formats.refusal import Refusal
 from luthier_trainer.data.formats.tools import tools
 from luthier_trainer.data.records import Conversation, Unpaired, context
-from luthier_trainer.data.row import shown
 
 _LABELS = {"true": True, "false": False, "1": True, "0": False}
 

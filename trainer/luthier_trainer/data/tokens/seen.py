@@ -5,14 +5,14 @@ from collections.abc import Iterator
 import numpy as np
 
 from luthier.v1 import datasets_pb2
-from luthier_trainer.data.overlong import cut
+from luthier_trainer.data.masks.render import Example, problems, tokenise
+from luthier_trainer.data.masks.spans import render
+from luthier_trainer.data.masks.template import RowRefused
 from luthier_trainer.data.problem import Problem
 from luthier_trainer.data.records import Passage
-from luthier_trainer.data.render import Example, problems, tokenise
-from luthier_trainer.data.spans import render
-from luthier_trainer.data.template import RowRefused
-from luthier_trainer.data.tokens import Tokens
-from luthier_trainer.data.tokens_report import too_long
+from luthier_trainer.data.tokens.overlong import cut
+from luthier_trainer.data.tokens.report import too_long
+from luthier_trainer.data.tokens.task import Tokens
 
 _MOST_TOKENS = 8192
 

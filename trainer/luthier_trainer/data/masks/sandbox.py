@@ -31,6 +31,7 @@ from luthier_trainer.errors import TrainingError
 
 MAX_SOURCE = 512 * 1024
 MAX_CHARACTERS = 256 * 1024 * 1024
+MAX_TEXT = 16 * 1024 * 1024
 MAX_SECONDS = 3.0
 
 Span = tuple[int, int]
@@ -80,7 +81,7 @@ class Compiled:
             context = self._template.new_context(dict(variables))
             for piece in self._template.root_render_func(context):
                 environment.emitted += len(piece)
-                if environment.emitted > MAX_CHARACTERS:
+                if environment.emitted > MAX_TEXT:
                     raise _TooMuchError
                 pieces.append(piece)
             text = "".join(pieces)

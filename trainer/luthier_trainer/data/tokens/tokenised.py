@@ -27,11 +27,12 @@ from google.protobuf.message import DecodeError
 from luthier.trainer.v1 import task_pb2
 from luthier.v1 import dataset_report_pb2, event_pb2, tokenization_pb2
 from luthier_trainer import durable
-from luthier_trainer.data import cache, tokens_report
-from luthier_trainer.data.conversion import convert, progress
-from luthier_trainer.data.options import Options
-from luthier_trainer.data.render import template_sha256
-from luthier_trainer.data.template import Template
+from luthier_trainer.data.masks.render import template_sha256
+from luthier_trainer.data.masks.template import Template
+from luthier_trainer.data.tokens import cache
+from luthier_trainer.data.tokens import report as tokens_report
+from luthier_trainer.data.tokens.conversion import convert, progress
+from luthier_trainer.data.tokens.options import Options
 from luthier_trainer.errors import TrainingError
 from luthier_trainer.report import Reporter
 from luthier_trainer.stop import Check, never

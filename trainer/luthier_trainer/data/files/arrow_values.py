@@ -15,8 +15,8 @@ import pyarrow as pa
 import pyarrow.compute as pc
 from pyarrow import types
 
+from luthier_trainer.data.files.row import shown
 from luthier_trainer.data.problem import Problem
-from luthier_trainer.data.row import shown
 
 _IMAGE = {"bytes", "path"}
 _TURNS = ({"role", "content"}, {"from", "value"})

@@ -10,12 +10,12 @@ from functools import cached_property
 from typing import TYPE_CHECKING, Any
 
 from luthier.v1 import tokenization_pb2
-from luthier_trainer.data import sandbox, templates
-from luthier_trainer.data.abilities import Abilities, abilities
-from luthier_trainer.data.layout import Layout, learn
+from luthier_trainer.data.masks import sandbox, templates
+from luthier_trainer.data.masks.abilities import Abilities, abilities
+from luthier_trainer.data.masks.layout import Layout, learn
+from luthier_trainer.data.masks.sandbox import TODAY, Span
 from luthier_trainer.data.problem import Problem
 from luthier_trainer.data.records import Message
-from luthier_trainer.data.sandbox import TODAY, Span
 from luthier_trainer.errors import TrainingError
 
 if TYPE_CHECKING:

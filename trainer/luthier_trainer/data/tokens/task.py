@@ -4,9 +4,9 @@ from dataclasses import dataclass
 from typing import TYPE_CHECKING, Any
 
 from luthier.trainer.v1 import task_pb2
-from luthier_trainer.data.options import Options, longest
-from luthier_trainer.data.render import template_sha256
-from luthier_trainer.data.template import Template, template_of
+from luthier_trainer.data.masks.render import template_sha256
+from luthier_trainer.data.masks.template import Template, template_of
+from luthier_trainer.data.tokens.options import Options, longest
 from luthier_trainer.model import load_config, load_tokenizer
 
 if TYPE_CHECKING:

@@ -9,8 +9,8 @@ import zlib
 from collections.abc import Callable
 from typing import TYPE_CHECKING, BinaryIO
 
+from luthier_trainer.data.files.row import Unreadable, mebibytes
 from luthier_trainer.data.problem import Problem
-from luthier_trainer.data.row import Unreadable, mebibytes
 
 if TYPE_CHECKING:
     from _typeshed import WriteableBuffer
@@ -18,6 +18,8 @@ if TYPE_CHECKING:
 MAX_UNPACKED_BYTES = 64 * 1024**3
 RATIO = 200
 RATIO_FROM = 64 * 1024**2
+ROW_BYTES = 256
+"""What a row of a compressed file counts at least: each costs its time, however short it is."""
 
 BUFFER = 1024 * 1024
 

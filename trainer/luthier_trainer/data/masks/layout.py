@@ -8,8 +8,8 @@ made of the row; so nothing of it is taken on trust. Templates and rows that do 
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 
+from luthier_trainer.data.masks.sandbox import Span
 from luthier_trainer.data.records import Message
-from luthier_trainer.data.sandbox import Span
 
 _MARKERS = ("Zqx7vLuthierKw", "Hjw3gMarkerYz", "Bnk5tSignRq", "Wpd2cTokenVf", "Xmt9sLabelGh")
 _SHAPES = (("user", "assistant"), ("user", "assistant") * 2)

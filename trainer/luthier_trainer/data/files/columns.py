@@ -3,8 +3,8 @@
 import difflib
 from collections.abc import Collection, Iterable, Iterator, Mapping
 
+from luthier_trainer.data.files.row import Row, shown
 from luthier_trainer.data.problem import Problem
-from luthier_trainer.data.row import Row, shown
 
 # Looking for near names takes longer than reading a row.
 _SUGGESTIONS = 1000

@@ -7,10 +7,10 @@ from contextlib import contextmanager
 from dataclasses import dataclass
 from typing import BinaryIO
 
-from luthier_trainer.data.compressed import BUFFER, allowance, unpacked_gzip, unpacked_zstd
-from luthier_trainer.data.detection import Kind, kind_of
+from luthier_trainer.data.files.compressed import BUFFER, allowance, unpacked_gzip, unpacked_zstd
+from luthier_trainer.data.files.detection import Kind, kind_of
+from luthier_trainer.data.files.row import Unreadable
 from luthier_trainer.data.problem import Problem
-from luthier_trainer.data.row import Unreadable
 
 _UNPACK = {Kind.GZIP: unpacked_gzip, Kind.ZSTD: unpacked_zstd}
 

@@ -17,9 +17,9 @@ from contextlib import contextmanager
 from pathlib import Path
 from typing import IO, BinaryIO, cast
 
-from luthier_trainer.data.compressed import allowance, limited
+from luthier_trainer.data.files.compressed import allowance, limited
+from luthier_trainer.data.files.row import Unreadable, shown
 from luthier_trainer.data.problem import Problem
-from luthier_trainer.data.row import Unreadable, shown
 
 MAX_IMAGE_BYTES = 64 * 1024**2
 MAX_MEMBERS = 1_000_000

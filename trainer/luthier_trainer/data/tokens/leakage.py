@@ -6,7 +6,7 @@ import numpy as np
 import numpy.typing as npt
 
 from luthier_trainer.data.problem import Level, Problem
-from luthier_trainer.data.tokenised import TokenisedRows
+from luthier_trainer.data.tokens.tokenised import TokenisedRows
 
 Hashes = npt.NDArray[np.uint64]
 

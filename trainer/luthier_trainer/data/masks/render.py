@@ -14,11 +14,11 @@ from typing import TYPE_CHECKING, Any
 import numpy as np
 import numpy.typing as npt
 
+from luthier_trainer.data.masks.sandbox import Span
+from luthier_trainer.data.masks.spans import Rendered, render, render_text
+from luthier_trainer.data.masks.template import Template, template_of
 from luthier_trainer.data.problem import Level, Problem
 from luthier_trainer.data.records import Message
-from luthier_trainer.data.sandbox import Span
-from luthier_trainer.data.spans import Rendered, render, render_text
-from luthier_trainer.data.template import Template, template_of
 
 __all__ = [
     "Example",

@@ -10,17 +10,17 @@ from pathlib import Path
 from types import TracebackType
 from typing import BinaryIO
 
-from luthier_trainer.data.archive import Archive
-from luthier_trainer.data.columns import renamed
-from luthier_trainer.data.compressed import BUFFER
-from luthier_trainer.data.content import Content
-from luthier_trainer.data.csv_rows import csv_rows
-from luthier_trainer.data.detection import Kind, text_format
-from luthier_trainer.data.json_rows import json_elements, json_lines
+from luthier_trainer.data.files.archive import Archive
+from luthier_trainer.data.files.columns import renamed
+from luthier_trainer.data.files.compressed import BUFFER, ROW_BYTES, allowance, too_large
+from luthier_trainer.data.files.content import Content
+from luthier_trainer.data.files.csv_rows import csv_rows
+from luthier_trainer.data.files.detection import Kind, text_format
+from luthier_trainer.data.files.json_rows import json_elements, json_lines
+from luthier_trainer.data.files.row import Row, Unreadable, shown
+from luthier_trainer.data.files.tables import arrow_rows, parquet_rows
 from luthier_trainer.data.problem import Problem
 from luthier_trainer.data.reading import FileFormat, Reading
-from luthier_trainer.data.row import Row, Unreadable, shown
-from luthier_trainer.data.tables import arrow_rows, parquet_rows
 
 __all__ = [
     "MAX_ARRAY_BYTES",
@@ -35,7 +35,7 @@ __all__ = [
 
 MAX_LINE_BYTES = 16 * 1024 * 1024
 MAX_ARRAY_BYTES = 64 * 1024 * 1024 * 1024
-MAX_PROBLEMS = 1_000_000
+MAX_PROBLEMS = 100_000
 
 _CHUNK = 1024 * 1024
 _FORMATS = {
@@ -69,6 +69,7 @@ class RowFile:
         self._archive: Archive | None = None
         self._problems: list[Problem] = []
         self._read: _Read | None = None
+        self._most_rows: int | None = None
         self.file_format = reading.file_format or FileFormat.JSONL
         try:
             self.file_format, self._read = self._opened(reading)
@@ -99,7 +100,9 @@ class RowFile:
         found = self._read()
         wrong = 0
         try:
-            for row in renamed(found, self._columns) if self._columns else found:
+            for count, row in enumerate(renamed(found, self._columns) if self._columns else found):
+                if count == self._most_rows:
+                    raise Unreadable(too_large(count * ROW_BYTES))
                 yield row
                 if isinstance(row.value, Problem):
                     wrong += 1
@@ -124,7 +127,10 @@ class RowFile:
     def _opened(self, reading: Reading) -> tuple[FileFormat, _Read | None]:
         stored = self._path.stat().st_size
         content = Content(self._open, stored, is_seekable=True)
-        if content.kind(content.head(_CHUNK)) is not Kind.ZIP:
+        kind = content.kind(content.head(_CHUNK))
+        if kind is not Kind.ZIP:
+            if kind in (Kind.GZIP, Kind.ZSTD):
+                self._most_rows = allowance(stored) // ROW_BYTES
             return _reader(content, reading)
         if reading.file_format not in (None, FileFormat.ZIP):
             raise Unreadable(_mismatch(FileFormat.ZIP, reading.file_format))
@@ -133,6 +139,7 @@ class RowFile:
         self._problems += self._archive.problems
         if self._archive.rows is None:
             return FileFormat.ZIP, None
+        self._most_rows = allowance(self._archive.stored) // ROW_BYTES
         content = Content(self._archive.open_rows, self._archive.stored, is_seekable=False)
         return FileFormat.ZIP, _reader(content, Reading(columns=reading.columns))[1]
 

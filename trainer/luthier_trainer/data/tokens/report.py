@@ -7,9 +7,9 @@ import numpy as np
 import numpy.typing as npt
 
 from luthier.v1 import dataset_report_pb2, tokenization_pb2
-from luthier_trainer.data.findings import Findings
-from luthier_trainer.data.overlong import Overlong
+from luthier_trainer.data.doctor.findings import Findings
 from luthier_trainer.data.problem import Level, Problem
+from luthier_trainer.data.tokens.overlong import Overlong
 
 TEMPLATE = "template"
 _SHORTEST_BUCKET = 16

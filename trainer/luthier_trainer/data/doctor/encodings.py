@@ -3,9 +3,9 @@
 import re
 from collections.abc import Iterator
 
+from luthier_trainer.data.doctor.texts import texts
 from luthier_trainer.data.problem import Level, Problem
 from luthier_trainer.data.records import Record
-from luthier_trainer.data.texts import texts
 
 _WRONG_ENCODING = "text that was decoded with the wrong encoding (such as Ã© for é)"
 # UTF-8 read as Windows-1252: quotes and dashes, Latin letters, signs after a stray Â, emoji, and Cyrillic, which needs

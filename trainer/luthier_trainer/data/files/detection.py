@@ -8,11 +8,11 @@ from enum import Enum, auto
 
 import orjson
 
-from luthier_trainer.data.csv_rows import delimiter_of, only_column_of
-from luthier_trainer.data.json_problems import not_utf8
+from luthier_trainer.data.files.csv_rows import delimiter_of, only_column_of
+from luthier_trainer.data.files.json_problems import not_utf8
+from luthier_trainer.data.files.row import shown
 from luthier_trainer.data.problem import Problem
 from luthier_trainer.data.reading import FileFormat
-from luthier_trainer.data.row import shown
 
 ACCEPTED = (
     "Datasets are JSONL, JSON, CSV, Parquet or Arrow, each also compressed with gzip or zstd, or a zip with images."

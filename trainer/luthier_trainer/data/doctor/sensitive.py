@@ -9,9 +9,9 @@ import string
 from collections.abc import Callable, Iterator
 from itertools import islice
 
+from luthier_trainer.data.doctor.texts import texts
 from luthier_trainer.data.problem import Level, Problem
 from luthier_trainer.data.records import Record
-from luthier_trainer.data.texts import texts
 
 MAX_CANDIDATES = 1_000
 """Places of one kind that are looked at in one text."""

@@ -14,9 +14,9 @@ from typing import BinaryIO
 
 import orjson
 
-from luthier_trainer.data.json_problems import not_an_object, not_json, not_utf8
+from luthier_trainer.data.files.json_problems import not_an_object, not_json, not_utf8
+from luthier_trainer.data.files.row import Row, Unreadable, mebibytes
 from luthier_trainer.data.problem import Problem
-from luthier_trainer.data.row import Row, Unreadable, mebibytes
 
 _CHUNK = 1024 * 1024
 _BLANK_LINES = 1000

@@ -11,10 +11,10 @@ from collections.abc import Iterator
 from hashlib import blake2b
 from pathlib import Path
 
-from luthier_trainer.data.findings import Findings
+from luthier_trainer.data.doctor.findings import Findings
+from luthier_trainer.data.doctor.texts import serialized
 from luthier_trainer.data.problem import Level, Problem
 from luthier_trainer.data.records import Chat, Preference, Prompt, Record, Text, Unpaired
-from luthier_trainer.data.texts import serialized
 
 BUFFER_BYTES = 32 * 1024 * 1024
 MAX_JUDGED_AT_ONCE = 500_000

@@ -25,15 +25,15 @@ import pyarrow as pa
 from luthier.trainer.v1 import task_pb2
 from luthier.v1 import event_pb2
 from luthier_trainer.data.formats import records
-from luthier_trainer.data.options import Options
-from luthier_trainer.data.overlong import Overlong, cut
+from luthier_trainer.data.masks.render import Example, problems, tokenise
+from luthier_trainer.data.masks.spans import Rendered, render
+from luthier_trainer.data.masks.template import RowRefused, Template
 from luthier_trainer.data.problem import Level, Problem
 from luthier_trainer.data.reading import Reading
 from luthier_trainer.data.records import Passage, Record, images, passages
-from luthier_trainer.data.render import Example, problems, tokenise
-from luthier_trainer.data.spans import Rendered, render
-from luthier_trainer.data.template import RowRefused, Template
-from luthier_trainer.data.tokens_report import Tally, too_long
+from luthier_trainer.data.tokens.options import Options
+from luthier_trainer.data.tokens.overlong import Overlong, cut
+from luthier_trainer.data.tokens.report import Tally, too_long
 from luthier_trainer.report import Reporter
 from luthier_trainer.stop import Check
 

@@ -9,10 +9,10 @@ from collections.abc import Iterator, Mapping
 from contextlib import contextmanager
 from typing import TYPE_CHECKING, BinaryIO
 
-from luthier_trainer.data.columns import missing
-from luthier_trainer.data.compressed import allowance, too_large
+from luthier_trainer.data.files.columns import missing
+from luthier_trainer.data.files.compressed import allowance, too_large
+from luthier_trainer.data.files.row import Row, Unreadable, shown
 from luthier_trainer.data.problem import Level, Problem
-from luthier_trainer.data.row import Row, Unreadable, shown
 
 if TYPE_CHECKING:
     import pyarrow as pa
@@ -65,7 +65,7 @@ def arrow_rows(file: BinaryIO, stored: int, columns: Mapping[str, str], is_strea
 def _rows(
     kind: str, schema: "pa.Schema", batches: Iterator["pa.RecordBatch"], limit: int, mapping: Mapping[str, str]
 ) -> Iterator[Row]:
-    from luthier_trainer.data.arrow_values import checked, column_of
+    from luthier_trainer.data.files.arrow_values import checked, column_of
 
     conversations = {*_CONVERSATIONS, *(mapping[name] for name in _CONVERSATIONS if name in mapping)}
     with _reading(kind):

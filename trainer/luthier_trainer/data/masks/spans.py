@@ -15,12 +15,12 @@ from functools import lru_cache
 from itertools import islice
 from typing import TYPE_CHECKING
 
-from luthier_trainer.data.masking import Masking, TrainOn
+from luthier_trainer.data.masks.masking import Masking, TrainOn
+from luthier_trainer.data.masks.proof import answers
+from luthier_trainer.data.masks.sandbox import Span, fence
+from luthier_trainer.data.masks.template import RowRefused, Template, TextFrame, text_frame
 from luthier_trainer.data.problem import Problem
-from luthier_trainer.data.proof import answers
 from luthier_trainer.data.records import Conversation, Message, Passage, plain
-from luthier_trainer.data.sandbox import Span, fence
-from luthier_trainer.data.template import RowRefused, Template, TextFrame, text_frame
 
 if TYPE_CHECKING:
     from transformers import PreTrainedTokenizerBase

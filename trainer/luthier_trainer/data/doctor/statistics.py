@@ -3,9 +3,9 @@
 from collections import Counter
 
 from luthier.v1 import dataset_report_pb2
+from luthier_trainer.data.doctor.texts import conversations, serialized
 from luthier_trainer.data.problem import Level, Problem
 from luthier_trainer.data.records import Conversation, ImagePart, Record, Text, TextPart
-from luthier_trainer.data.texts import conversations, serialized
 
 _SMALLEST = 4
 """The first bucket is of rows up to 2**_SMALLEST characters."""

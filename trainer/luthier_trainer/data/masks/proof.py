@@ -19,9 +19,9 @@ from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any
 
+from luthier_trainer.data.masks.sandbox import Span
+from luthier_trainer.data.masks.template import RowRefused, Template
 from luthier_trainer.data.records import Conversation, plain
-from luthier_trainer.data.sandbox import Span
-from luthier_trainer.data.template import RowRefused, Template
 from luthier_trainer.errors import TrainingError
 
 _MARKERS = ("Zqx7vLuthierKw", "Hjw3gMarkerYz")

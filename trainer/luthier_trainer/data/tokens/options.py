@@ -4,8 +4,8 @@ from dataclasses import dataclass
 from typing import Any
 
 from luthier.v1 import tokenization_pb2
-from luthier_trainer.data.masking import Masking, TrainOn
-from luthier_trainer.data.overlong import Overlong
+from luthier_trainer.data.masks.masking import Masking, TrainOn
+from luthier_trainer.data.tokens.overlong import Overlong
 
 
 @dataclass(frozen=True, slots=True)

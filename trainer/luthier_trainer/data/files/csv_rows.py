@@ -9,11 +9,11 @@ import io
 from collections.abc import Iterator, Mapping
 from typing import BinaryIO
 
-from luthier_trainer.data.columns import missing
-from luthier_trainer.data.json_problems import not_utf8
-from luthier_trainer.data.json_rows import skipped_blank_lines, too_long
+from luthier_trainer.data.files.columns import missing
+from luthier_trainer.data.files.json_problems import not_utf8
+from luthier_trainer.data.files.json_rows import skipped_blank_lines, too_long
+from luthier_trainer.data.files.row import Row, Unreadable, mebibytes, shown
 from luthier_trainer.data.problem import Problem
-from luthier_trainer.data.row import Row, Unreadable, mebibytes, shown
 
 MAX_COLUMNS = 4096
 

@@ -1,0 +1,1 @@
+"""Dataset files of every kind, as rows."""

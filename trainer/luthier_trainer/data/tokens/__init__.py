@@ -1,0 +1,1 @@
+"""Tokenised rows: made, counted, cached."""
