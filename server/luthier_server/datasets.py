@@ -9,7 +9,7 @@ from dataclasses import dataclass
 from pathlib import Path
 
 from luthier.v1.dataset_pb2 import DatasetLineage, DatasetReading
-from luthier.v1.dataset_report_pb2 import DatasetReport, FindingLevel, TokenReport
+from luthier.v1.dataset_report_pb2 import DatasetReport, Finding, FindingLevel, TokenReport
 from luthier.v1.datasets_pb2 import DatasetMetadata
 from luthier_server import spec as specs
 from luthier_server.errors import (
@@ -234,8 +234,12 @@ def _refuse_errors(report: DatasetReport) -> None:
     more = f" (and {count - 1:,} more)" if count > 1 else ""
     violations = []
     budget = 3000
-    for each in errors[:_SHOWN]:
-        description = f"{sentences(each.message[:200], each.fix[:120])} [{each.code}]"
+    alike: dict[tuple[str, str], list[Finding]] = {}
+    for each in errors:
+        alike.setdefault((each.code, each.message), []).append(each)
+    for each, *others in list(alike.values())[:_SHOWN]:
+        also = f" (and {len(others)} lines like it)" if others else ""
+        description = f"{sentences(each.message[:200], each.fix[:120])}{also} [{each.code}]"
         budget -= len(description) + 16
         if budget < 0:
             break

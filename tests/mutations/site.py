@@ -43,6 +43,9 @@ _CODE = re.compile(r"[A-Z][A-Z0-9_]{2,40}")
 _FORBIDDEN = (grpc.StatusCode.INTERNAL, grpc.StatusCode.UNKNOWN, grpc.StatusCode.UNAVAILABLE)
 _MIB = 1024 * 1024
 
+_ENDED = "DATA_WORK_FAILED"
+"""Why a preview is refused whose process had to be ended: what it did could not be interrupted from within."""
+
 
 @dataclass(frozen=True, slots=True)
 class Outcome:
@@ -262,7 +265,7 @@ def _reason(error: grpc.RpcError, violations: list[str]) -> str:
     with contextlib.suppress(KeyError):
         why = reason(error)
     details = str(getattr(error, "details", lambda: "")())
-    if code in _FORBIDDEN or not why:
+    if (code in _FORBIDDEN and why != _ENDED) or not why:
         violations.append(f"refused with {code.name} {why}: {details[:300]}")
     if len(details) > 1200:
         violations.append(f"the status has {len(details)} characters")

@@ -5,6 +5,7 @@
 
 import os
 import sys
+import tempfile
 import traceback
 from collections.abc import Mapping
 from pathlib import Path
@@ -47,6 +48,7 @@ def run_attempt(attempt_dir: Path, secrets: Mapping[str, str]) -> int:
         return EXIT_NOT_MINE
     task = task_pb2.TrainerTask.FromString((attempt_dir / attempt.TASK).read_bytes())
     os.environ.update(secrets)
+    tempfile.tempdir = os.fspath(attempt_dir)  # an attempt leaves nothing elsewhere
     control = FileControl(attempt_dir)
     control.install()
     try:

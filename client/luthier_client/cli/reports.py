@@ -1,5 +1,6 @@
 """What the checks of a dataset found, for people: findings, statistics, lengths."""
 
+import itertools
 from collections import Counter
 from collections.abc import Iterable, Mapping, Sequence
 from typing import TYPE_CHECKING
@@ -85,8 +86,10 @@ def print_findings(findings: Sequence["Finding"], counts: Iterable["FindingCount
         listed = [each for each in findings if each.level == level][:shown]
         total = sum(count for (of, _), count in totals.items() if of == level) or len(listed)
         heading(f"{total:,} {name}{'s' if total != 1 else ''}", _COLOURS.get(name))
-        for each in listed:
-            print_finding(each)
+        for each, following in itertools.zip_longest(listed, listed[1:]):
+            # What to do is said once for neighbours of a kind.
+            alike = following is not None and (each.code, each.fix) == (following.code, following.fix)
+            print_finding(each, with_fix=not alike)
         seen = Counter(each.code for each in listed)
         rest = {code: count - seen[code] for (of, code), count in totals.items() if of == level}
         for code, count in sorted(rest.items(), key=lambda item: -item[1]):
@@ -94,13 +97,13 @@ def print_findings(findings: Sequence["Finding"], counts: Iterable["FindingCount
                 click.echo(f"  and {count:,} more {output.one_line(code, 60)}")
 
 
-def print_finding(finding: "Finding", indent: str = "  ") -> None:
+def print_finding(finding: "Finding", indent: str = "  ", *, with_fix: bool = True) -> None:
     """Prints one finding: where, what, and what to do."""
     name = enums.short(FindingLevel.DESCRIPTOR, finding.level)
     where = f"line {finding.line:,}" if finding.line else "file"
     code = output.colour(output.one_line(finding.code, 60), _COLOURS.get(name))
     click.echo(f"{indent}{where}  {code}  {output.one_line(finding.message, 1000)}")
-    if finding.fix:
+    if finding.fix and with_fix:
         click.echo(f"{indent}  {output.colour('fix:', dim=True)} {output.one_line(finding.fix, 1000)}")
 
 
