@@ -57,8 +57,10 @@ def _tokenised(folder: Path, rows: int, rounds: int) -> dict[str, Any]:
         raise RuntimeError(f"the contestants differ in (rows, tokens, trained tokens): {counts}")
     [(_, tokens, trained)] = counts
     speeds = {name: [round(rows / one["seconds"], 1) for one in each] for name, each in found.items()}
-    loading = [rows / (one["seconds"] + one["loading_seconds"]) for one in found["map"]]
     medians = {name: median(each) for name, each in speeds.items()}
+    whole = {
+        name: median([rows / (one["seconds"] + one["loading_seconds"]) for one in each]) for name, each in found.items()
+    }
     return {
         "rows": rows,
         "tokens": tokens,
@@ -67,7 +69,8 @@ def _tokenised(folder: Path, rows: int, rounds: int) -> dict[str, Any]:
         "rounds": speeds,
         "ratio_to_map": round(medians["luthier"] / medians["map"], 2),
         "ratio_to_batched_map": round(medians["luthier"] / medians["batched"], 2),
-        "ratio_to_loading_and_map": round(medians["luthier"] / median(loading), 2),
+        "ratio_to_loading_and_map": round(medians["luthier"] / whole["map"], 2),
+        "ratio_to_loading_and_batched_map": round(medians["luthier"] / whole["batched"], 2),
     }
 
 

@@ -55,21 +55,14 @@ class Checks:
         self._cache_max_bytes = cache_max_bytes
         self._limits = limits
         self._previews = asyncio.Semaphore(_PREVIEWS)
-        # A check keeps a core busy: half of them are left to training.
-        self._checks = asyncio.Semaphore(max(1, (os.cpu_count() or 1) // 2))
+        # A check keeps a core busy: half of them are left to training. Those that people ask for keep no job waiting.
+        self._asked = asyncio.Semaphore(max(1, (os.cpu_count() or 1) // 2))
+        self._of_jobs = asyncio.Semaphore(max(1, (os.cpu_count() or 1) // 2))
 
     async def preview(self, tenant: str, request: PreviewDatasetRequest) -> PreviewDatasetResponse:
         """Rows as the model will see them. Raises NotFound, InvalidArgument, WorkFailed, Unavailable."""
         dataset = await self._datasets.find(tenant, request.dataset)
-        specs.refuse(list(specs.tokenization_violations(request.tokenization, "tokenization")))
-        wanted = FineTuneTask(
-            base_model=request.base_model,
-            base_model_revision=request.base_model_revision,
-            tokenization=request.tokenization,
-            hub_token_secret=request.hub_token_secret,
-        )
-        if request.HasField("max_length"):
-            wanted.hyperparameters.max_length = request.max_length
+        wanted = _wanted(request)
         task = await self._task(tenant, wanted, dataset, None)
         task.preview.CopyFrom(PreviewWork(count=request.count or _ROWS, lines=request.lines))
         async with self._previews:
@@ -83,26 +76,15 @@ class Checks:
         validation = (
             await self._datasets.find(tenant, request.validation_dataset) if request.validation_dataset else None
         )
-        specs.refuse(list(specs.tokenization_violations(request.tokenization, "tokenization")))
-        wanted = FineTuneTask(
-            base_model=request.base_model,
-            base_model_revision=request.base_model_revision,
-            tokenization=request.tokenization,
-            hub_token_secret=request.hub_token_secret,
-        )
-        if request.HasField("max_length"):
-            wanted.hyperparameters.max_length = request.max_length
-        news: asyncio.Queue[TransferProgress] = asyncio.Queue()
+        wanted = _wanted(request)
+        news: asyncio.Queue[TransferProgress | None] = asyncio.Queue()
         checking = asyncio.create_task(
             self._check(tenant, wanted, training, validation, lambda each: news.put_nowait(_transfer(each)))
         )
+        checking.add_done_callback(lambda _: news.put_nowait(None))
         try:
-            while not checking.done():
-                told = asyncio.create_task(news.get())
-                await asyncio.wait((checking, told), return_when=asyncio.FIRST_COMPLETED)
-                if told.done():
-                    yield told.result()
-                told.cancel()
+            while (told := await news.get()) is not None:
+                yield told
             answer = await checking
             _raise(answer)
             yield answer.check
@@ -131,7 +113,7 @@ class Checks:
         task.check.CopyFrom(CheckWork())
         task.job_id = job.id if job is not None else ""
         secrets = self._secrets.for_task(wanted)
-        async with self._checks:
+        async with self._asked if job is None else self._of_jobs:
             answer = await self._work.run(task, secrets, silence=self._limits.silence, on_progress=on_progress)
         if answer.HasField("check"):
             await self._complete(tenant, task.spec, answer.check, training, validation)
@@ -149,7 +131,8 @@ class Checks:
             report.base_model = wanted.base_model
             report.max_length = report.max_length or wanted.hyperparameters.max_length
             report.tokenization.CopyFrom(wanted.tokenization)
-            report.tokenization.ClearField("chat_template")  # its hash is there
+            if wanted.tokenization.chat_template:
+                report.tokenization.chat_template = "given"  # its hash is there
         statistics = reports.training.statistics
         statistics.estimated_steps = specs.steps(wanted, training.row_count)
         rate = await self._jobs.newest_rate(tenant, wanted.base_model)
@@ -164,6 +147,9 @@ class Checks:
         self, tenant: str, wanted: FineTuneTask, training: Dataset, validation: Dataset | None
     ) -> TrainerTask:
         base = await self._registry.base(tenant, wanted.base_model) if wanted.base_model else None
+        if base is not None:
+            length = wanted.hyperparameters.max_length
+            specs.refuse(list(specs.length_violations(length, base.max_positions, wanted.base_model, "max_length")))
         spec = specs.resolved(
             JobSpec(fine_tune=wanted),
             rows=training.row_count,
@@ -181,6 +167,20 @@ class Checks:
         if validation is not None:
             task.validation_dataset.CopyFrom(dataset_source(self._datasets, validation))
         return task
+
+
+def _wanted(request: PreviewDatasetRequest | CheckDatasetRequest) -> FineTuneTask:
+    """The job that the dataset is looked at for. Raises InvalidArgument."""
+    specs.refuse(list(specs.tokenization_violations(request.tokenization, "tokenization")))
+    wanted = FineTuneTask(
+        base_model=request.base_model,
+        base_model_revision=request.base_model_revision,
+        tokenization=request.tokenization,
+        hub_token_secret=request.hub_token_secret,
+    )
+    if request.HasField("max_length"):
+        wanted.hyperparameters.max_length = request.max_length
+    return wanted
 
 
 def _transfer(progress: PhaseProgressed) -> TransferProgress:
@@ -201,6 +201,8 @@ _FIELDS: Mapping[str, str] = {
     "TEMPLATE_MISSING": "tokenization.chat_template",
     "TEMPLATE_UNSUPPORTED": "tokenization.chat_template",
     "TEMPLATE_INVALID": "tokenization.chat_template",
+    "TEMPLATE_UNKNOWN": "tokenization.chat_template_name",
+    "TOKENIZER_UNSUPPORTED": "base_model",
     "TEMPLATE_MISMATCH": "tokenization.chat_template_name",
     "TEMPLATE_TOO_SLOW": "tokenization.chat_template",
     "TEMPLATE_TOO_LARGE": "tokenization.chat_template",

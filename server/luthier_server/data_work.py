@@ -22,13 +22,14 @@ from luthier.trainer import attempt as files
 from luthier.trainer.v1.report_pb2 import TrainerReport
 from luthier.trainer.v1.task_pb2 import DataAnswer, TrainerExit, TrainerTask
 from luthier.v1.event_pb2 import PhaseProgressed
-from luthier_server.errors import Unavailable
+from luthier_server.errors import Exhausted, Unavailable
 from luthier_server.executors.base import Executor, ExecutorError
 from luthier_server.uploads import storage_errors
 
 log = structlog.get_logger()
 _SWEEP = 0.2
 _EXIT_SECONDS = 2.0
+_MOST_ANSWER = 16 * 2**20
 
 
 @dataclass(frozen=True, slots=True)
@@ -43,6 +44,12 @@ class WorkFailed(Unavailable):
     """The child gave no answer: it died, or was ended because it took too long."""
 
     reason = "DATA_WORK_FAILED"
+
+
+class WorkTooLong(Exhausted):
+    """The child was ended because it took too long: another would too, so nobody is to try again."""
+
+    reason = "DATA_WORK_TOO_LONG"
 
 
 class DataWork:
@@ -88,7 +95,6 @@ class DataWork:
             try:
                 await self._executor.start(directory, secrets)
             except (ExecutorError, OSError) as error:
-                ended = isinstance(error, ExecutorError)
                 raise Unavailable(f"no work on datasets can be started: {error}") from error
             answer = await self._answer(directory, seconds, silence, on_progress)
             ended = True
@@ -125,11 +131,12 @@ class DataWork:
             if answer is not None and (over or now - answered > _EXIT_SECONDS):
                 return answer
             if over and answer is None:
-                raise WorkFailed(f"the work on the dataset {_ending(directory / files.EXIT)}")
+                raise _failure(directory / files.EXIT)
             if answer is None and (now - started > seconds or now - heard > silence):
-                raise WorkFailed(
+                raise WorkTooLong(
                     f"the work on the dataset was ended: it took more than {min(seconds, silence):.0f} s"
-                    " (a chat template that never ends?)"
+                    " (a chat template that never ends?)",
+                    subject="time",
                 )
             with contextlib.suppress(TimeoutError):
                 await asyncio.wait_for(self._woken.wait(), _SWEEP)
@@ -155,6 +162,8 @@ def _progress(spool: Path, offset: int) -> tuple[PhaseProgressed | None, int]:
 
 def _read(path: Path) -> DataAnswer | None:
     try:
+        if path.stat().st_size > _MOST_ANSWER:
+            raise WorkFailed("the work on the dataset gave more than fits into an answer")
         return DataAnswer.FromString(path.read_bytes())
     except FileNotFoundError:
         return None
@@ -162,8 +171,14 @@ def _read(path: Path) -> DataAnswer | None:
         raise WorkFailed("the work on the dataset left no readable answer") from error
 
 
-def _ending(path: Path) -> str:
+def _failure(path: Path) -> WorkFailed | WorkTooLong:
+    """What a child's end without an answer is to the caller."""
     ended = TrainerExit.FromString(path.read_bytes())
+    if ended.signal == signal.SIGPROF:
+        return WorkTooLong(
+            "the work on the dataset was ended: the chat template takes too long on one row", subject="time"
+        )
     if ended.signal:
-        return f"was ended by {signal.Signals(ended.signal).name}: it may need more memory or time than it is allowed"
-    return f"left without an answer (exit code {ended.code})"
+        name = signal.Signals(ended.signal).name
+        return WorkFailed(f"the work on the dataset was ended by {name}: it may need more than it is allowed")
+    return WorkFailed(f"the work on the dataset left without an answer (exit code {ended.code})")

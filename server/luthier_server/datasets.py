@@ -135,7 +135,7 @@ class Datasets:
         if report is None:
             report = await self._check(received, metadata.reading)
         if not metadata.validate_only:
-            _refuse_errors(report)
+            refuse_errors(report)
         return await self.store(tenant, metadata, received, report, origin or Origin())
 
     async def _check(self, received: Received, reading: DatasetReading) -> DatasetReport:
@@ -223,7 +223,7 @@ def _offset_violations(metadata: DatasetMetadata) -> list[Violation]:
     return []
 
 
-def _refuse_errors(report: DatasetReport) -> None:
+def refuse_errors(report: DatasetReport) -> None:
     """Raises DatasetInvalid. Long trailers are lost, so the first findings come whole and up to 100 by their line."""
     errors = [each for each in report.findings if each.level == FindingLevel.FINDING_LEVEL_ERROR]
     if not errors:

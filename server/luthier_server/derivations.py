@@ -9,7 +9,7 @@ from google.protobuf import json_format
 from luthier.v1.dataset_pb2 import DatasetLineage
 from luthier.v1.datasets_pb2 import DatasetMetadata, DeriveDatasetRequest
 from luthier_server import spec as specs
-from luthier_server.datasets import Datasets, Origin
+from luthier_server.datasets import Datasets, Origin, refuse_errors
 from luthier_server.errors import InvalidArgument, Violation
 from luthier_server.store.datasets import Dataset
 from luthier_server.uploads import Received, Uploads
@@ -76,11 +76,11 @@ class Derivations:
             if report.problem:
                 field = str(order["operation"])
                 raise InvalidArgument(report.problem, [Violation(field, report.problem[:400])], reason="NOT_DERIVABLE")
+            for file in report.files:
+                refuse_errors(file.report)
             made = []
             for name, part, file in zip(names, parts, report.files, strict=True):
-                parameters = {
-                    key: f"{value:g}" if isinstance(value, float) else str(value) for key, value in given.items()
-                }
+                parameters = {key: str(value) for key, value in given.items()}
                 lineage = DatasetLineage(
                     operation=str(order["operation"]),
                     parents=[each.id for each in parents],

@@ -121,11 +121,16 @@ def _error(failed: FetchFailed, request: ImportDatasetRequest) -> LuthierError:
         case "NOT_PERMITTED":
             return FailedPrecondition(text, subject=source, reason="SOURCE_NOT_PERMITTED")
         case "NOT_FOUND":
-            return NotFound("source", request.url or request.hub.id, text)
+            # What follows the question mark may be a signature.
+            return NotFound("source", request.url.partition("?")[0] or request.hub.id, text)
         case "TOO_LARGE":
             return Exhausted(text, subject="dataset size", reason="TOO_LARGE")
         case "STORAGE_FULL":
             return StorageFull()
+        case "NOT_CONFIGURED":
+            return FailedPrecondition(text, subject=source, reason=failed.reason)
+        case "FAILED" | "UNWRITABLE":
+            return Unavailable(text, reason="IMPORT_FAILED")
         case "UNAVAILABLE":
             return Unavailable(text, reason="SOURCE_UNAVAILABLE", retry_seconds=10)
         case reason:

@@ -168,13 +168,12 @@ class Jobs:
             violations.append(
                 Violation("spec.fine_tune.full", f"{task.base_model} is an adapter: go on from it with lora")
             )
-        if base.max_positions and task.hyperparameters.max_length > base.max_positions:
-            violations.append(
-                Violation(
-                    "spec.fine_tune.hyperparameters.max_length",
-                    f"{task.base_model} was made for at most {base.max_positions} tokens",
-                )
-            )
+        violations += specs.length_violations(
+            task.hyperparameters.max_length,
+            base.max_positions,
+            task.base_model,
+            "spec.fine_tune.hyperparameters.max_length",
+        )
         if task.validation_fraction and int(training.row_count * task.validation_fraction) >= training.row_count:
             violations.append(Violation("spec.fine_tune.validation_fraction", "leaves no row to train on"))
         specs.refuse(violations)

@@ -176,6 +176,7 @@ class Daemon:
             UpkeepSettings(data_dir, retention_days=chosen.retention_days, free_bytes=chosen.free_bytes),
             database,
             self.jobs,
+            uploads,
         )
         limits = WatchLimits(
             heartbeat=chosen.heartbeat_seconds,

@@ -106,6 +106,12 @@ def tokenization_violations(tokenization: Tokenization, path: str) -> Iterator[V
         yield Violation(f"{path}.response_template", "give response_template or train_on, not both")
 
 
+def length_violations(max_length: int, max_positions: int, base_model: str, path: str) -> Iterator[Violation]:
+    """A length that the base model was not made for; `max_positions` of 0 is unknown."""
+    if max_positions and max_length > max_positions:
+        yield Violation(path, f"{base_model} was made for at most {max_positions} tokens")
+
+
 def format_violations(field: str, row_format: DatasetFormat.ValueType) -> Iterator[Violation]:
     """What keeps rows of a format from supervised fine-tuning."""
     if row_format in _NOT_SUPERVISED:

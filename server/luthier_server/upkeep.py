@@ -1,4 +1,5 @@
-"""What the server does by the clock: old events go, and jobs that a full disk has paused go on when there is room."""
+"""What the server does by the clock: old events and uploads that broke off go, and jobs that a full disk has paused go
+on when there is room."""
 
 import asyncio
 import functools
@@ -15,6 +16,7 @@ from luthier_server.job import STORAGE_FULL
 from luthier_server.jobs import Jobs, microseconds
 from luthier_server.store.database import Database, Transaction
 from luthier_server.store.jobs import Jobs as JobRows
+from luthier_server.uploads import Uploads
 
 log = structlog.get_logger()
 _DAY = 24 * 3600 * 1_000_000
@@ -40,8 +42,10 @@ class Upkeep:
         settings: UpkeepSettings,
         database: Database,
         jobs: Jobs,
+        uploads: Uploads,
         clock: Callable[[], int] = microseconds,
     ) -> None:
+        self._uploads = uploads
         self._settings = settings
         self._database = database
         self._rows = JobRows(database)
@@ -57,6 +61,7 @@ class Upkeep:
                 if time.monotonic() - compacted > _COMPACT_SECONDS:
                     compacted = time.monotonic()
                     await self.compact()
+                    await asyncio.to_thread(self._uploads.sweep)
             except LuthierError as error:
                 log.warning("upkeep waits", error=str(error))
             await asyncio.sleep(self._settings.every_seconds)

@@ -14,14 +14,15 @@ import os
 import shutil
 import time
 import uuid
-from collections.abc import AsyncIterator, Iterator
+from collections.abc import AsyncIterator, Callable, Iterator
 from dataclasses import dataclass, field
 from pathlib import Path
-from typing import BinaryIO
+from typing import BinaryIO, TypeVar
 
 from luthier.v1.datasets_pb2 import DatasetMetadata
 from luthier_server.errors import Aborted, Exhausted, InvalidArgument, StorageFull, Violation
 
+T = TypeVar("T")
 _PART = ".part"
 _KEPT_SECONDS = 24 * 3600
 _BATCH = 1024 * 1024
@@ -55,11 +56,19 @@ class Uploads:
         self._owners: dict[str, _Owner] = {}
 
     def prepare(self) -> None:
-        """Makes the folder, and clears what nobody will go on with."""
+        """Makes the folder, and clears what an earlier server left and nobody will go on with."""
         self._incoming.mkdir(parents=True, exist_ok=True)
         for left in self._incoming.iterdir():
-            if left.suffix != _PART or time.time() - left.stat().st_mtime > _KEPT_SECONDS:
+            if left.suffix != _PART:
                 _remove(left)
+        self.sweep()
+
+    def sweep(self) -> None:
+        """Deletes what broke off a day ago."""
+        for part in self._incoming.glob(f"*{_PART}"):
+            with contextlib.suppress(FileNotFoundError):
+                if part.stem not in self._owners and time.time() - part.stat().st_mtime > _KEPT_SECONDS:
+                    part.unlink()
 
     def received(self, sha256: str) -> int:
         """Bytes of a file that an upload left here."""
@@ -81,8 +90,8 @@ class Uploads:
 
     @contextlib.asynccontextmanager
     async def receive(self, metadata: DatasetMetadata, chunks: AsyncIterator[bytes]) -> AsyncIterator[Received]:
-        """The file, once all of it came; whoever wants it moves it away. What is left at the end is deleted, but what
-        came of a file that was announced with its hash stays when the caller goes away before its end.
+        """The file, once all of it came; whoever wants it moves it away, and else it is deleted. What came of a file
+        that was announced with its hash stays when it was not judged: the caller went away, or the server had no time.
 
         Raises InvalidArgument for a wrong hash or size, Aborted when less is here than the offset says or a newer
         upload took over, Exhausted for a file over the limit, StorageFull.
@@ -92,15 +101,18 @@ class Uploads:
         announced = metadata.sha256
         path = self._part(announced) if announced else self._incoming / uuid.uuid4().hex
         async with self._alone(announced) as owner:
-            whole = False
+            over = not announced
             try:
                 with storage_errors():
                     sha256, size = await self._write(path, metadata.offset, _until(owner.superseded, chunks))
-                    whole = True
                     _compare(metadata, sha256, size)
                     yield Received(path, sha256, size)
+                over = True
+            except InvalidArgument:
+                over = True
+                raise
             finally:
-                if whole or not announced or not self.received(announced):
+                if over or not self.received(announced):
                     path.unlink(missing_ok=True)
 
     @contextlib.asynccontextmanager
@@ -121,7 +133,7 @@ class Uploads:
 
     async def _write(self, path: Path, offset: int, chunks: AsyncIterator[bytes]) -> tuple[str, int]:
         digest = hashlib.sha256()
-        with await asyncio.to_thread(_open, path, offset, digest) as file:
+        with await _finished(_open, path, offset, digest) as file:
             size = offset
             batch: list[bytes] = []
             waiting = 0
@@ -131,10 +143,10 @@ class Uploads:
                 if size + waiting > self._max_bytes:
                     raise self._too_large()
                 if waiting >= _BATCH:
-                    await asyncio.to_thread(_append, file, digest, batch)
+                    await _finished(_append, file, digest, batch)
                     size, batch, waiting = size + waiting, [], 0
-            await asyncio.to_thread(_append, file, digest, batch)
-            await asyncio.to_thread(os.fsync, file.fileno())
+            await _finished(_append, file, digest, batch)
+            await _finished(os.fsync, file.fileno())
         return digest.hexdigest(), size + waiting
 
     def _part(self, sha256: str) -> Path:
@@ -154,6 +166,16 @@ def storage_errors() -> Iterator[None]:
     except OSError as error:
         if error.errno in _FULL:
             raise StorageFull() from error
+        raise
+
+
+async def _finished(call: Callable[..., T], *arguments: object) -> T:
+    """Calls in a thread, and returns when it is done also when the caller is cancelled: no write comes later."""
+    done = asyncio.ensure_future(asyncio.to_thread(call, *arguments))
+    try:
+        return await asyncio.shield(done)
+    except asyncio.CancelledError:
+        await asyncio.wait([done])
         raise
 
 

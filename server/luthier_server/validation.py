@@ -12,8 +12,9 @@ from luthier.v1.event_pb2 import DatasetsChecked, PhaseProgressed
 from luthier.v1.job_pb2 import JobError
 from luthier_server.change import Change
 from luthier_server.checks import Checks
+from luthier_server.data_work import WorkTooLong
 from luthier_server.errors import InvalidArgument, LuthierError, NotFound, StorageFull, StoreBusy
-from luthier_server.job import FAILED, QUEUED, VALIDATING, Job
+from luthier_server.job import FAILED, QUEUED, STORAGE_FULL, VALIDATING, Job
 from luthier_server.jobs import Jobs
 
 log = structlog.get_logger()
@@ -21,6 +22,9 @@ _FINDINGS_SHOWN = 20
 _TRIES = 3
 _AGAIN_SECONDS = 2.0
 _PROGRESS_SECONDS = 1.0
+_FULL_SECONDS = 10.0
+_FULL = JobError(reason=STORAGE_FULL)
+"""No answer for lack of room, or of the database: the job waits, and no try is counted."""
 
 
 class Validation:
@@ -53,41 +57,45 @@ class Validation:
 
     async def _validate(self, job: Job) -> None:
         try:
-            for number in range(_TRIES):
-                if await self._try(job, last=number + 1 == _TRIES):
+            for number in range(1, _TRIES + 1):
+                while (error := await self._try(job)) == _FULL:
+                    log.warning("validation waits for room on the disk", job_id=job.id)
+                    await asyncio.sleep(_FULL_SECONDS)
+                if error is None:
+                    return
+                log.warning("validation gave no answer", job_id=job.id, reason=error.reason, error=error.message)
+                if number == _TRIES or error.reason == WorkTooLong.reason:
+                    await self._fail(job, error)
                     return
                 await asyncio.sleep(_AGAIN_SECONDS)
-        except Exception:
-            # The job stays as it is, and is tried again.
-            log.exception("validation failed", job_id=job.id)
-            await asyncio.sleep(_AGAIN_SECONDS)
         finally:
             del self._running[job.id]
             self._jobs.to_validate.set()
 
-    async def _try(self, job: Job, *, last: bool) -> bool:
+    async def _try(self, job: Job) -> JobError | None:
+        """Checks the datasets and moves the job; or says why there is no answer, which another try may have."""
         progress = _Progress(self._jobs, job)
         try:
             answer = await self._checks.check_job(job, progress.told)
-        except (NotFound, InvalidArgument) as error:
-            hint = "bring back what the message names, and create the job anew"
-            await self._fail(job, JobError(reason=error.reason, message=error.message, hint=hint))
-        except LuthierError as error:
-            log.warning("validation gave no answer", job_id=job.id, reason=error.reason, error=error.message)
-            if not last:
-                return False
-            await self._fail(
-                job,
-                JobError(reason=error.reason, message=error.message, hint="see host.log, and run luthierd doctor"),
-            )
-        else:
+            if answer.error.reason == STORAGE_FULL:
+                return _FULL
             if answer.HasField("error"):
                 await self._fail(job, answer.error)
             else:
                 await self._pass(job, answer.check)
+        except (NotFound, InvalidArgument) as error:
+            hint = "bring back what the message names, and create the job anew"
+            await self._fail(job, JobError(reason=error.reason, message=error.message, hint=hint))
+        except (StorageFull, StoreBusy):
+            return _FULL
+        except LuthierError as error:
+            return JobError(reason=error.reason, message=error.message, hint="see host.log, and run luthierd doctor")
+        except Exception:
+            log.exception("validation failed", job_id=job.id)
+            return JobError(reason="INTERNAL", message="the check of the datasets failed", hint="see luthierd's log")
         finally:
             await progress.close()
-        return True
+        return None
 
     async def _pass(self, job: Job, reports: TokenReports) -> None:
         checked = DatasetsChecked(training=_short(reports.training))

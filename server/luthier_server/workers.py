@@ -10,7 +10,7 @@ import os
 import signal
 import struct
 from collections.abc import AsyncIterator, Mapping, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from pathlib import Path
 from typing import TypeVar
 
@@ -27,6 +27,11 @@ M = TypeVar("M", bound=Message)
 log = structlog.get_logger()
 _LENGTH = struct.Struct("<I")
 _STDERR = 64 * 1024
+_ENVIRONMENT = (
+    *("PATH", "HOME", "LANG", "LC_", "TZ", "TMPDIR", "PYTHON", "LD_LIBRARY_PATH", "VIRTUAL_ENV", "XDG_"),
+    *("HF_HOME", "HF_HUB_CACHE", "HF_HUB_OFFLINE", "OMP_", "COVERAGE"),
+)
+_SOURCES = ("AWS_", "GOOGLE_", "AZURE_", "HF_ENDPOINT", "SSL_CERT_")
 
 
 class WorkerDied(Unavailable):
@@ -37,10 +42,13 @@ class WorkerDied(Unavailable):
 
 @dataclass(frozen=True, slots=True)
 class Workers:
-    """Runs the trainer's workers with its Python."""
+    """Runs the trainer's workers with its Python, a few at a time: each may take gigabytes and keeps a core busy."""
 
     python: str
     timeout_seconds: float = 1000
+    fetch_seconds: float = 6 * 3600
+    _busy: asyncio.Semaphore = field(default_factory=lambda: asyncio.Semaphore(max(2, os.cpu_count() or 1)))
+    _fetching: asyncio.Semaphore = field(default_factory=lambda: asyncio.Semaphore(4))
 
     async def check_dataset(self, file: Path, reading: DatasetReading, scratch: Path) -> DatasetReport:
         """What the structural check finds in a file of rows. `scratch` is a folder for what does not fit in memory."""
@@ -57,14 +65,21 @@ class Workers:
     async def fetch(self, request: Path, output: Path, secrets: Mapping[str, str]) -> AsyncIterator[FetchReport]:
         """Fetches a dataset to `output`: how far it is, and at last whether it is there."""
         module = "luthier_trainer.data.fetch"
-        async with self._process(module, [str(request), str(output)], secrets) as process:
+        more = {name: value for name, value in os.environ.items() if name.startswith(_SOURCES)}
+        async with self._fetching, self._process(module, [str(request), str(output)], {**more, **secrets}) as process:
             assert process.stdout is not None
             last: FetchReport | None = None
-            with contextlib.suppress(asyncio.IncompleteReadError, DecodeError):
+            until = asyncio.get_running_loop().time() + self.fetch_seconds
+            try:
                 while last is None or last.HasField("progress"):
-                    (length,) = _LENGTH.unpack(await process.stdout.readexactly(_LENGTH.size))
-                    last = FetchReport.FromString(await process.stdout.readexactly(length))
+                    async with asyncio.timeout_at(until):
+                        (length,) = _LENGTH.unpack(await process.stdout.readexactly(_LENGTH.size))
+                        last = FetchReport.FromString(await process.stdout.readexactly(length))
                     yield last
+            except TimeoutError as error:
+                raise Unavailable(f"the import took longer than {self.fetch_seconds / 3600:.0f} hours") from error
+            except (asyncio.IncompleteReadError, DecodeError):
+                last = None
             if last is None or last.HasField("progress"):
                 raise await self._failed(process, module)
 
@@ -75,7 +90,7 @@ class Workers:
 
     async def _run(self, module: str, arguments: Sequence[str], answer: M, *, scratch: Path | None = None) -> M:
         environment = {"TMPDIR": str(scratch)} if scratch is not None else {}
-        async with self._process(module, arguments, environment) as process:
+        async with self._busy, self._process(module, arguments, environment) as process:
             try:
                 async with asyncio.timeout(self.timeout_seconds):
                     assert process.stdout is not None
@@ -94,7 +109,8 @@ class Workers:
         self, module: str, arguments: Sequence[str], more: Mapping[str, str]
     ) -> AsyncIterator[asyncio.subprocess.Process]:
         """A worker that ends with the block, whatever happens."""
-        environment = {name: value for name, value in os.environ.items() if not name.startswith("LUTHIER_SECRET_")}
+        # A reader of foreign files knows nothing that it could give away.
+        environment = {name: value for name, value in os.environ.items() if name.startswith(_ENVIRONMENT)}
         process = await asyncio.create_subprocess_exec(
             self.python,
             "-m",
@@ -113,7 +129,7 @@ class Workers:
         finally:
             if process.returncode is None:
                 with contextlib.suppress(ProcessLookupError):
-                    process.kill()
+                    os.killpg(process.pid, signal.SIGKILL)
                 await process.wait()
             self._say(module, process.returncode, await errors)
 

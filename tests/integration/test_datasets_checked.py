@@ -164,6 +164,34 @@ def test_a_check_says_how_far_it_is_and_finds_what_a_model_will_not_like(daemon:
     assert not [each for each in reports.training.findings if each.level == FindingLevel.FINDING_LEVEL_ERROR]
 
 
+def test_rows_that_are_held_out_and_trained_on_are_found(daemon: Daemon) -> None:
+    daemon.upload(ROWS + ROWS, "twice")
+    created = daemon.create(job(training_dataset="twice", validation_fraction=0.1))
+    [report] = [
+        each.datasets_checked.training for each in daemon.watch(created.id) if each.HasField("datasets_checked")
+    ]
+    [leaks] = [each.count for each in report.counts if each.code == "LEAKAGE"]
+    assert leaks >= 6
+
+
+def test_a_job_that_would_score_nothing_is_no_success(daemon: Daemon) -> None:
+    numbers = Hyperparameters(max_steps=2, batch_size=4, max_length=8)
+    short = b'{"prompt": "a", "completion": "b"}\n'
+    daemon.upload(ROWS[: ROWS.index(b"\n", 500) + 1] + short, "one-short")
+    drop = Tokenization(overlong=Overlong.OVERLONG_DROP)
+    created = job(training_dataset="one-short", validation_dataset="rows", tokenization=drop, hyperparameters=numbers)
+    ended = daemon.wait(daemon.create(created).id)
+    assert (ended.state, ended.error.reason) == (JobState.JOB_STATE_FAILED, "DATASET_INVALID")
+
+
+def test_a_preview_of_long_rows_is_cut_and_says_so(daemon: Daemon) -> None:
+    turns = [{"role": role, "content": "some words " * 5_000} for _ in range(60) for role in ("user", "assistant")]
+    daemon.upload(json.dumps({"messages": turns}).encode() + b"\n", "long-rows")
+    response = daemon.datasets.PreviewDataset(ds.PreviewDatasetRequest(dataset="long-rows", base_model="builtin/tiny"))
+    assert response.ByteSize() < 4 * 1024 * 1024
+    assert "PREVIEW_CUT" in {each.code for each in response.rows[-1].findings}
+
+
 def test_a_template_that_never_ends_ends_its_call_alone(daemon: Daemon) -> None:
     endless = "{% for i in range(99999) %}{% for j in range(99999) %}{% set x = j %}{% endfor %}{% endfor %}"
     started = time.monotonic()

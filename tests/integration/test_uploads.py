@@ -214,3 +214,16 @@ def test_two_uploads_of_one_file_at_once_make_one_version(daemon: Daemon) -> Non
     for thread in threads:
         thread.join()
     assert len(set(outcomes)) == 1
+
+
+def test_an_upload_that_was_not_judged_need_not_be_sent_again(daemons: Start) -> None:
+    daemon = daemons(*puppet(), "--trainer-python", "/bin/false")
+    with pytest.raises(grpc.RpcError) as caught:
+        daemon.datasets.UploadDataset(parts(announced(MANY), MANY))
+    assert caught.value.code() == grpc.StatusCode.UNAVAILABLE
+    assert received(daemon, MANY) == len(MANY)
+    daemon.stop()
+    daemon.flags = puppet()
+    daemon.start()
+    response = daemon.datasets.UploadDataset(parts(announced(MANY, offset=len(MANY)), MANY))
+    assert (daemon.data_dir / "blobs" / response.dataset.sha256).read_bytes() == MANY

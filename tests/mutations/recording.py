@@ -112,7 +112,7 @@ grow without bound or reach for what is not theirs. Each is made from its number
 Of every call it is asked that
 
 - it ends within {seconds} s, with a report or preview that is complete, or with a status that has a reason, and that is
-  not INTERNAL, UNKNOWN or UNAVAILABLE (but for a preview whose process had to be ended: `DATA_WORK_FAILED`);
+  not INTERNAL, UNKNOWN or UNAVAILABLE (but for a preview whose process had to be ended: `DATA_WORK_TOO_LONG`);
 - the server's health is SERVING afterwards, and it still knows its datasets;
 - nothing is read or written outside of the data directory: canaries lie beside it and where the server runs, names
   that lead out of archives carry a mark that is looked for, and links lead to a secret that no answer may hold;

@@ -43,7 +43,7 @@ _CODE = re.compile(r"[A-Z][A-Z0-9_]{2,40}")
 _FORBIDDEN = (grpc.StatusCode.INTERNAL, grpc.StatusCode.UNKNOWN, grpc.StatusCode.UNAVAILABLE)
 _MIB = 1024 * 1024
 
-_ENDED = "DATA_WORK_FAILED"
+_ENDED = ("DATA_WORK_FAILED", "DATA_WORK_TOO_LONG")
 """Why a preview is refused whose process had to be ended: what it did could not be interrupted from within."""
 
 
@@ -66,7 +66,7 @@ class Site:
     def __init__(self, folder: Path, *, real: bool = False) -> None:
         self.folder = folder
         self._real = real
-        flags = ["--threads", "1", "--max-dataset-bytes", str(2**30)] if real else [*puppet(steps=1)]
+        flags = ["--threads", "1"] if real else puppet(steps=1)
         self.daemon = Daemon(folder / "data", flags, environment={"TMPDIR": str(folder / "tmp"), "HF_HUB_OFFLINE": "1"})
         self._sending: dict[str, threading.Lock] = {}
         self._guard = threading.Lock()
@@ -113,12 +113,12 @@ class Site:
         with sending:  # a newer upload of the same bytes would take over
             return self._judged(mutant, lambda violations: self._upload(mutant, what, sha256, violations), sha256)
 
-    def settled(self) -> list[str]:
-        """What does not hold now that no call is under way."""
+    def settled(self, patience: float = 15) -> list[str]:
+        """What does not hold now that no call is under way; what is on its way out gets `patience` seconds."""
         violations = [
             f"{folder} still has {', '.join(left[:5])}"
             for folder in ("data/blobs/incoming", "data/work", "tmp")
-            if (left := self._left(self.folder / folder))
+            if (left := _left(self.folder / folder, patience))
         ]
         if (beside := self._listed()) != self._beside:
             violations.append(f"files beside the data directory changed: {sorted(beside ^ self._beside)[:5]}")
@@ -137,15 +137,6 @@ class Site:
                 violations.append(f"{who} took {most:.0f} MiB")
         violations += self._said()
         return violations
-
-    def _left(self, folder: Path) -> list[str]:
-        """What a folder has; what is on its way out gets some seconds. torch makes a folder, and keeps it."""
-        deadline = time.monotonic() + 15
-        while left := [path.name for path in folder.iterdir() if not path.name.startswith("torchinductor_")]:
-            if time.monotonic() > deadline:
-                break
-            time.sleep(0.05)
-        return left
 
     def _said(self) -> Iterator[str]:
         """Tracebacks and workers' deaths in what the log has that is new."""
@@ -232,6 +223,16 @@ class Site:
 _PLACES = (Path("/"), Path("/tmp"), Path("/var/tmp"), Path("/etc"), Path("/dev/shm"), Path.home())
 
 
+def _left(folder: Path, patience: float) -> list[str]:
+    """What a folder has in the end. torch makes a folder of its own, and keeps it."""
+    deadline = time.monotonic() + patience
+    while left := [path.name for path in folder.iterdir() if not path.name.startswith("torchinductor_")]:
+        if time.monotonic() > deadline:
+            break
+        time.sleep(0.05)
+    return left
+
+
 def _preview(template: Template | None = None) -> ds.PreviewDatasetRequest:
     request = ds.PreviewDatasetRequest(dataset="witness", base_model="builtin/tiny")
     if template is not None:
@@ -265,7 +266,7 @@ def _reason(error: grpc.RpcError, violations: list[str]) -> str:
     with contextlib.suppress(KeyError):
         why = reason(error)
     details = str(getattr(error, "details", lambda: "")())
-    if (code in _FORBIDDEN and why != _ENDED) or not why:
+    if (code in _FORBIDDEN and why not in _ENDED) or not why:
         violations.append(f"refused with {code.name} {why}: {details[:300]}")
     if len(details) > 1200:
         violations.append(f"the status has {len(details)} characters")

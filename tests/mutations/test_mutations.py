@@ -59,3 +59,22 @@ def test_a_mutant_is_made_again_from_its_number() -> None:
     for number in range(0, 300, 7):
         assert mutant(number) == mutant(number)
         assert isinstance(mutant(number).what, Template if is_template(mutation_of(number)) else File)
+
+
+@pytest.mark.parametrize("site", [False], indirect=True, ids=["files"])
+def test_what_must_not_be_is_seen(site: Site) -> None:
+    assert not site.settled(0)
+    (site.folder / "canary" / "new").touch()
+    (site.daemon.data_dir / "blobs" / "incoming" / "left").touch()
+    (site.daemon.data_dir / "blobs" / "more").touch()
+    with open(site.daemon.data_dir / "luthierd.log", "a") as log:
+        log.write("Traceback (most recent call last):\n")
+    said = "\n".join(site.settled(0))
+    for part in ("canary/new", "incoming still has left", "blobs/ has", "the log says"):
+        assert part in said
+    site.daemon.process.kill()
+    site.daemon.process.wait()
+    outcome = site.throw(mutant(0, "crumbs"))
+    assert any("does not answer" in text for text in outcome.violations)
+    assert any("UNAVAILABLE" in text for text in outcome.violations)
+    assert any("ended with code" in text for text in site.settled(0))

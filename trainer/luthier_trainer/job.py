@@ -2,12 +2,11 @@
 process."""
 
 import math
-from collections.abc import Callable, Sequence
+from collections.abc import Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
-import numpy as np
 import torch
 from transformers import PreTrainedTokenizerBase
 
@@ -18,6 +17,7 @@ from luthier_trainer.batches import Batches
 from luthier_trainer.config import Places, Settings
 from luthier_trainer.data.masks.render import prompt_ids
 from luthier_trainer.data.tokens import tokenised
+from luthier_trainer.data.tokens.parts import Part, parts, require_scores
 from luthier_trainer.data.tokens.task import tokens_for
 from luthier_trainer.data.tokens.tokenised import TokenisedRows
 from luthier_trainer.errors import TrainingError
@@ -25,7 +25,7 @@ from luthier_trainer.forward import Forward
 from luthier_trainer.masters import Masters
 from luthier_trainer.model import Trained, adapter_rank, load_base, prepare
 from luthier_trainer.optimizer import Optimizer
-from luthier_trainer.order import Indices, RowOrder, hold_out
+from luthier_trainer.order import RowOrder
 from luthier_trainer.plan import Compute, attention_name, choose_compute, micro_batch_tokens
 from luthier_trainer.probe import choose_forward
 from luthier_trainer.report import Reporter
@@ -33,14 +33,6 @@ from luthier_trainer.schedule import warmup_steps
 from luthier_trainer.state import Counters, ResumedPlan, State, read_state
 from luthier_trainer.stop import Check
 from luthier_trainer.throughput import Throughput
-
-
-@dataclass(frozen=True)
-class Evaluated:
-    """Rows that are evaluated."""
-
-    rows: TokenisedRows
-    indices: Indices
 
 
 @dataclass
@@ -64,7 +56,7 @@ class Job:
     sample_ids: Sequence[Sequence[int]]
     rows: TokenisedRows
     order: RowOrder
-    evaluated: Evaluated | None
+    evaluated: Part | None
     total_steps: int
     warmup: int
     batches: Batches
@@ -142,13 +134,15 @@ def set_up(task: TrainerTask, settings: Settings, places: Places, reporter: Repo
             reporter=reporter,
             check=check,
         )
+        found.report.dataset_id, found.report.base_model = dataset.name, task.spec.fine_tune.base_model
         tokenised.require_trainable(found, reporter)
         check()
         return found
 
     rows = load(task.training_dataset)
-    training, evaluated = _split(task, settings, rows, load)
-    order = RowOrder(training, settings.batch_size, settings.seed)
+    training, evaluated = parts(task, rows, load)
+    require_scores(training, evaluated)
+    order = RowOrder(training.indices, settings.batch_size, settings.seed)
     sample_ids = [prompt_ids(tokenizer, tokens.template, each) for each in settings.sample_prompts]
     check()
 
@@ -209,17 +203,6 @@ def total_steps(settings: Settings, steps_per_epoch: int) -> int:
     if settings.max_steps is not None:
         limits.append(settings.max_steps)
     return min(limits)
-
-
-def _split(
-    task: TrainerTask, settings: Settings, rows: TokenisedRows, load: Callable[[DatasetSource], TokenisedRows]
-) -> tuple[Indices, Evaluated | None]:
-    """The rows to train on, and those to evaluate."""
-    if not task.HasField("validation_dataset"):
-        training, held_out = hold_out(settings.seed, len(rows), settings.validation_fraction)
-        return training, Evaluated(rows, held_out) if len(held_out) else None
-    validation = load(task.validation_dataset)
-    return np.arange(len(rows)), Evaluated(validation, np.arange(len(validation)))
 
 
 def _load_trained(task: TrainerTask, settings: Settings, compute: Compute, resume_from: Path | None) -> Trained:

@@ -6,10 +6,10 @@ from pathlib import Path
 from typing import TYPE_CHECKING
 
 from luthier.trainer.v1 import task_pb2
-from luthier.v1 import datasets_pb2, tokenization_pb2
+from luthier.v1 import dataset_report_pb2, datasets_pb2, tokenization_pb2
 from luthier_trainer.data.doctor.findings import Findings
 from luthier_trainer.data.formats import records
-from luthier_trainer.data.problem import Problem
+from luthier_trainer.data.problem import Level, Problem
 from luthier_trainer.data.reading import Reading
 from luthier_trainer.data.records import Message, Passage, Prompt, Record, passages, plain
 from luthier_trainer.stop import Check
@@ -18,6 +18,8 @@ if TYPE_CHECKING:
     from luthier_trainer.data.tokens.task import Tokens
 
 _MOST_TEXT = 64 * 1024
+_MOST_ANSWER = 3 * 1024 * 1024
+"""Bytes of an answer, about: a client takes 4 MiB of any server unless it asks for more."""
 _ROWS = 3
 
 
@@ -32,7 +34,15 @@ def preview(task: task_pb2.TrainerTask, check: Check) -> datasets_pb2.PreviewDat
         tokens = tokens_for(task)
     methods: list[str] = []
     train_on = task.spec.fine_tune.tokenization.train_on
+    size = 0
     for line, record in _chosen(task, check):
+        if size > _MOST_ANSWER:
+            last = response.rows[-1]
+            problem = Problem(
+                "PREVIEW_CUT", f"The preview ends here: with line {line} it would be too large.", level=Level.NOTE
+            )
+            last.findings.extend(_found(last.line, problem))
+            break
         row = response.rows.add(line=line)
         findings = Findings()
         if isinstance(record, Problem):
@@ -53,11 +63,32 @@ def preview(task: task_pb2.TrainerTask, check: Check) -> datasets_pb2.PreviewDat
                     for problem in problems:
                         findings.add(line, problem)
         row.findings.extend(findings.listed())
+        if (large := row.ByteSize()) > _MOST_ANSWER:
+            _shrink(row)
+            large = row.ByteSize()
+        size += large
     if tokens is not None:
         response.mask_method = max(methods, key=methods.count, default="")
         only_texts = bool(response.rows) and not any(each.turns for row in response.rows for each in row.sequences)
         response.template_sha256 = "" if only_texts else tokens.template_sha256
     return response
+
+
+def _found(line: int, problem: Problem) -> list[dataset_report_pb2.Finding]:
+    findings = Findings()
+    findings.add(line, problem)
+    return findings.listed()
+
+
+def _shrink(row: datasets_pb2.PreviewRow) -> None:
+    """Leaves of a row's sequences the first turns and tokens that fit."""
+    for sequence in row.sequences:
+        while len(sequence.turns) > 1 and sequence.ByteSize() > _MOST_ANSWER // (2 * len(row.sequences)):
+            del sequence.turns[len(sequence.turns) // 2 :]
+        while len(sequence.tokens) > 1 and sequence.ByteSize() > _MOST_ANSWER // len(row.sequences):
+            del sequence.tokens[len(sequence.tokens) // 2 :]
+    message = "The row is too large to be shown whole: its first turns and tokens are."
+    row.findings.extend(_found(row.line, Problem("PREVIEW_CUT", message, level=Level.NOTE)))
 
 
 def _chosen(task: task_pb2.TrainerTask, check: Check) -> Iterator[tuple[int, Record | Problem]]:

@@ -270,7 +270,7 @@ def _finish(job: Job) -> Finished:
         "training_seconds": counters.seconds,
         **counters.evaluation,
     }
-    if counters.step == 0:
+    if counters.step == len(counters.skipped) + counters.empty:  # no step made a loss
         del metrics["train_loss"], metrics["final_loss"]
     if counters.skipped:
         metrics["skipped_steps"] = float(len(counters.skipped))

@@ -15,6 +15,7 @@ from luthier.trainer.v1 import task_pb2
 from luthier.v1 import dataset_report_pb2, datasets_pb2, job_pb2
 from luthier_trainer.control import Control
 from luthier_trainer.data.doctor.findings import MAX_LISTED, Findings
+from luthier_trainer.data.masks.sandbox import end_process_when_stuck
 from luthier_trainer.errors import TrainingError
 from luthier_trainer.preview import preview
 from luthier_trainer.report import Reporter
@@ -25,11 +26,12 @@ _PREVIEW_SECONDS = 15
 
 
 def fence(task: task_pb2.TrainerTask) -> None:
-    """Bounds what this process may take from now on: 4 GiB of memory beside what it has, and for a preview a minute of
-    processor time. For a process that does this task and nothing else."""
+    """Bounds what this process may take from now on: 4 GiB of memory beside what it has, and for a preview
+    _PREVIEW_SECONDS of processor time. For a process that does this task and nothing else."""
     # RLIMIT_DATA and not RLIMIT_AS: tokenised rows are mapped files, which may be larger and cost nothing.
     pages = int(Path("/proc/self/statm").read_text(encoding="ascii").split()[5])
     _lower(resource.RLIMIT_DATA, pages * resource.getpagesize() + _MEMORY)
+    end_process_when_stuck()
     if task.WhichOneof("work") == "preview":
         used = resource.getrusage(resource.RUSAGE_SELF)
         signal.signal(signal.SIGXCPU, _too_slow)
@@ -66,6 +68,7 @@ def _reports(task: task_pb2.TrainerTask, reporter: Reporter, check: Check) -> da
     """Tokenises the datasets into the cache. Raises TrainingError, for a job also for what it cannot train."""
     from luthier_trainer.data.tokens import tokenised
     from luthier_trainer.data.tokens.leakage import leakage
+    from luthier_trainer.data.tokens.parts import parts, require_scores
     from luthier_trainer.data.tokens.task import tokens_for
 
     tokens = tokens_for(task)
@@ -82,44 +85,34 @@ def _reports(task: task_pb2.TrainerTask, reporter: Reporter, check: Check) -> da
             check=check,
         )
         if task.job_id.startswith("job_"):
+            rows.report.dataset_id, rows.report.base_model = source.name, task.spec.fine_tune.base_model
             tokenised.require_trainable(rows, reporter)
         return rows
 
-    training = load(task.training_dataset)
-    reports = datasets_pb2.TokenReports(training=_named(training.report, task, task.training_dataset))
-    if task.HasField("validation_dataset"):
-        validation = load(task.validation_dataset)
+    training, evaluated = parts(task, load(task.training_dataset), load)
+    if task.job_id.startswith("job_"):
+        require_scores(training, evaluated)
+    reports = datasets_pb2.TokenReports(training=training.rows.report)
+    if evaluated is not None:
         leaks = Findings()
-        for line, problem in leakage(training, validation):
+        for line, problem in leakage(training, evaluated):
             leaks.add(line, problem)
-        report = _with(_named(validation.report, task, task.validation_dataset), leaks)
-        reports.validation.CopyFrom(report)
+        if task.HasField("validation_dataset"):
+            reports.validation.CopyFrom(evaluated.rows.report)
+            _add(reports.validation, leaks)
+        else:
+            _add(reports.training, leaks)
     return reports
 
 
-def _named(
-    report: dataset_report_pb2.TokenReport, task: task_pb2.TrainerTask, source: task_pb2.DatasetSource
-) -> dataset_report_pb2.TokenReport:
-    """A copy that says what it is a report of."""
-    spec = task.spec.fine_tune
-    named = dataset_report_pb2.TokenReport()
-    named.CopyFrom(report)
-    named.dataset_id = source.id
-    named.base_model = spec.base_model
-    named.tokenization.chat_template_name = spec.tokenization.chat_template_name
-    named.tokenization.chat_template = spec.tokenization.chat_template
-    return named
-
-
-def _with(report: dataset_report_pb2.TokenReport, more: Findings) -> dataset_report_pb2.TokenReport:
-    """The report with more findings in their places: errors first, then by line."""
+def _add(report: dataset_report_pb2.TokenReport, more: Findings) -> None:
+    """Puts more findings into their places: errors first, then by line."""
     added = more.listed()
     findings = sorted([*report.findings[: MAX_LISTED - len(added)], *added], key=_place)
     counts = sorted([*report.counts, *more.counts()], key=lambda each: each.level)
     del report.findings[:], report.counts[:]
     report.findings.extend(findings)
     report.counts.extend(counts)
-    return report
 
 
 def _place(finding: dataset_report_pb2.Finding) -> tuple[bool, int]:

@@ -47,16 +47,16 @@ def upload(
     """
     from luthier_client.cli import output
     from luthier_client.cli.connect import connect
-    from luthier_client.cli.transfer import phases
+    from luthier_client.cli.transfer import RESUMED, phases
 
     chosen, fields = settings(ctx), reading_fields(columns, format, file_format)
-    with connect(chosen) as client, phases() as bars:
+    with connect(chosen) as client, phases("preparing", interrupted=RESUMED) as bars:
         response = client.upload(
             file,
             name=name,
             images=images,
             on_hashing=bars.phase("hashing"),
-            on_progress=bars.phase("uploading"),
+            on_progress=bars.phase("uploading", then="checking on the server"),
             **fields,
         )
     found = response.dataset

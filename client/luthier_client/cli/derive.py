@@ -35,8 +35,9 @@ def split(
     """Split a dataset in two; equal rows stay on one side."""
     from luthier_client.cli import ids
     from luthier_client.cli.connect import connect
+    from luthier_client.cli.transfer import phases
 
-    with connect(settings(ctx)) as client:
+    with connect(settings(ctx)) as client, phases("splitting on the server"):
         made = client.split_dataset(
             ids.dataset(client, dataset_id),
             validation=validation,
@@ -57,8 +58,9 @@ def sample(ctx: click.Context, dataset_id: str, rows: int, seed: int, name: str)
     """Take some rows of a dataset, in their order."""
     from luthier_client.cli import ids
     from luthier_client.cli.connect import connect
+    from luthier_client.cli.transfer import phases
 
-    with connect(settings(ctx)) as client:
+    with connect(settings(ctx)) as client, phases("sampling on the server"):
         made = client.sample_dataset(ids.dataset(client, dataset_id), rows=rows, seed=seed, name=name)
     _told(ctx, [made])
 
@@ -71,10 +73,11 @@ def concatenate(ctx: click.Context, dataset_ids: tuple[str, ...], name: str) -> 
     """Put datasets one after the other."""
     from luthier_client.cli import ids
     from luthier_client.cli.connect import connect
+    from luthier_client.cli.transfer import phases
 
     if len(dataset_ids) < 2:
         raise click.UsageError("name two datasets or more")
-    with connect(settings(ctx)) as client:
+    with connect(settings(ctx)) as client, phases("concatenating on the server"):
         made = client.concatenate_datasets([ids.dataset(client, each) for each in dataset_ids], name=name)
     _told(ctx, [made])
 

@@ -7,7 +7,7 @@ import click
 
 from luthier_client.cli.lazy import Command, settings
 from luthier_client.cli.reading import reading_fields, reading_options
-from luthier_client.cli.tokenization import tokenization_fields, tokenization_options
+from luthier_client.cli.tokenization import needs_base_model, tokenization_fields, tokenization_options
 
 if TYPE_CHECKING:
     from luthier.v1.dataset_report_pb2 import DatasetReport, TokenReport
@@ -46,12 +46,12 @@ def validate(
     from luthier_client.cli.transfer import phases
 
     chosen, fields = settings(ctx), reading_fields(columns, format, file_format)
-    with connect(chosen) as client, phases() as bars:
+    with connect(chosen) as client, phases("preparing") as bars:
         report = client.validate_dataset(
             file,
             images=images,
             on_hashing=bars.phase("hashing"),
-            on_progress=bars.phase("uploading"),
+            on_progress=bars.phase("uploading", then="checking on the server"),
             **fields,
         )
     from luthier_client.cli import reports
@@ -92,8 +92,8 @@ def doctor(
     from luthier_client.cli.transfer import phases
 
     chosen, tokenization = settings(ctx), tokenization_fields(**flags)
-    if base_model is None and (validation or max_length or tokenization):
-        raise click.UsageError("these options need --base-model")
+    if base_model is None:
+        needs_base_model(tokenization, {"--validation": validation, "--max-length": max_length})
     checked: list[tuple[str, TokenReport]] = []
     with connect(chosen) as client, phases() as bars:
         whole = ids.dataset(client, dataset_id)

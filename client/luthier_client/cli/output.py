@@ -2,6 +2,7 @@
 
 import json
 import os
+import re
 import shutil
 import sys
 import unicodedata
@@ -200,7 +201,10 @@ def error(chosen: Settings, failure: LuthierError) -> None:
     if violations and message.startswith(f"{violations[0][0]}: "):
         # The message repeats the first violation.
         total = failure.findings if isinstance(failure, InvalidDataset) else len(violations)
-        message, violations = (f"{total} mistakes", violations) if total > 1 else (message, [])
+        kind = "errors" if isinstance(failure, InvalidDataset) else "mistakes"
+        message, violations = (f"{total:,} {kind}", violations) if total > 1 else (message, [])
+    elif len(violations) == 1 and violations[0][0] == "file" and _same(violations[0][1], message):
+        violations = []
     elif len(violations) == 1 and violations[0][1] == message:
         # The other way round: the message leaves out what the violation is about.
         subject = "" if violations[0][0] in message else f"{violations[0][0]}: "
@@ -212,9 +216,15 @@ def error(chosen: Settings, failure: LuthierError) -> None:
         rest = [str(line) for line in failure.lines if f"line {line}" not in {field for field, _ in failure.violations}]
         more = f" (lines {', '.join(rest[:20])}{', ...' if len(rest) > 20 else ''})" if rest else ""
         click.echo(f"  and {failure.findings - len(failure.violations)} more{more}", err=True)
-        click.echo("  `luthier dataset validate FILE` shows up to a thousand", err=True)
+        click.echo("  `luthier dataset validate FILE --findings 1000` shows up to a thousand", err=True)
     if hint := failure.metadata.get("hint"):
         click.echo(f"{colour('hint:', 'yellow', err=True)} {clean(hint)}", err=True)
+
+
+def _same(violation: str, message: str) -> bool:
+    """Whether a violation says what the message does, but for a code in brackets; both may be cut short."""
+    said = re.sub(r" \[[A-Z_]+\]$", "", violation)
+    return said[:100] == message[:100]
 
 
 def _state_coloured(line: str) -> str:

@@ -6,7 +6,7 @@ from typing import TYPE_CHECKING
 import click
 
 from luthier_client.cli.lazy import Command, settings
-from luthier_client.cli.tokenization import tokenization_fields, tokenization_options
+from luthier_client.cli.tokenization import needs_base_model, tokenization_fields, tokenization_options
 
 if TYPE_CHECKING:
     from luthier.v1.datasets_pb2 import PreviewDatasetResponse, PreviewRow, PreviewSequence, PreviewToken, PreviewTurn
@@ -45,9 +45,12 @@ def preview(
 
     from luthier_client.cli import ids, output
     from luthier_client.cli.connect import connect
+    from luthier_client.cli.transfer import phases
 
     chosen, tokenization = settings(ctx), tokenization_fields(**flags)
-    with connect(chosen) as client:
+    if not base_model:
+        needs_base_model(tokenization, {"--max-length": max_length})
+    with connect(chosen) as client, phases():
         response = client.preview_dataset(
             ids.dataset(client, dataset_id),
             base_model=base_model,
@@ -84,9 +87,12 @@ def _legend(tokens: bool) -> str:
 
 
 def _print_row(row: "PreviewRow") -> None:
+    from luthier.v1.dataset_report_pb2 import FINDING_LEVEL_ERROR
     from luthier_client.cli import output
     from luthier_client.cli.reports import print_finding
 
+    # Of a row in error nothing is trained, whatever it would be without the error.
+    wrong = any(finding.level == FINDING_LEVEL_ERROR for finding in row.findings)
     for sequence in row.sequences:
         name = f" {output.one_line(sequence.name, 40)}" if sequence.name else ""
         title = output.colour(f"line {row.line:,}{name}", bold=True)
@@ -97,9 +103,9 @@ def _print_row(row: "PreviewRow") -> None:
                 click.echo(output.colour(f"  ... the first {len(sequence.tokens):,} tokens are shown", dim=True))
         elif sequence.turns:
             for turn in sequence.turns:
-                _print_turn(turn)
+                _print_turn(turn, wrong)
         else:
-            _print_text(shown([(sequence.text, TRAINED, 0)]))
+            _print_text(shown([(sequence.text, CONTEXT if wrong else TRAINED, 0)]))
     if not row.sequences:
         click.echo(output.colour(f"line {row.line:,}", bold=True))
     if row.reference_json:
@@ -108,11 +114,11 @@ def _print_row(row: "PreviewRow") -> None:
         print_finding(finding)
 
 
-def _print_turn(turn: "PreviewTurn") -> None:
+def _print_turn(turn: "PreviewTurn", wrong: bool) -> None:
     from luthier_client.cli import output
 
     click.echo(f"  {output.colour(output.one_line(turn.role, 40), 'cyan')}")
-    kind = TRAINED if turn.trained else CONTEXT
+    kind = TRAINED if turn.trained and not wrong else CONTEXT
     if turn.content:
         _print_text(shown([(turn.content, kind, 0)]), indent="    ")
     if turn.tool_calls_json:

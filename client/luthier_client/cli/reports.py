@@ -1,6 +1,7 @@
 """What the checks of a dataset found, for people: findings, statistics, lengths."""
 
 import itertools
+import re
 from collections import Counter
 from collections.abc import Iterable, Mapping, Sequence
 from typing import TYPE_CHECKING
@@ -20,7 +21,10 @@ if TYPE_CHECKING:
 
 _COLOURS = {"error": "red", "warning": "yellow", "note": "blue"}
 _ROLES = ("system", "user", "assistant", "tool", "text", "template")
+_OVERLONG = {"truncate": "cut", "drop": "dropped", "split": "split"}
 _BAR = 40
+# Lines named one by one of findings that are the same.
+_LINES = 5
 _EIGHTHS = " ▏▎▍▌▋▊▉█"
 
 
@@ -79,32 +83,68 @@ def print_tokens(report: "TokenReport", title: str, shown: int) -> None:
 
 
 def print_findings(findings: Sequence["Finding"], counts: Iterable["FindingCount"], shown: int) -> None:
-    """Prints findings grouped by level, errors first, `shown` of each at most, and the counts of the rest."""
+    """Prints findings grouped by level, errors first, `shown` of each at most, and the counts of the rest.
+
+    Those that differ in nothing but their line are one."""
     totals = {(each.level, each.code): each.count for each in counts}
     for level in sorted({each.level for each in findings} | {level for level, _ in totals}):
         name = enums.short(FindingLevel.DESCRIPTOR, level)
-        listed = [each for each in findings if each.level == level][:shown]
-        total = sum(count for (of, _), count in totals.items() if of == level) or len(listed)
+        groups = folded(each for each in findings if each.level == level)[:shown]
+        total = sum(count for (of, _), count in totals.items() if of == level) or sum(map(len, groups))
         heading(f"{total:,} {name}{'s' if total != 1 else ''}", _COLOURS.get(name))
-        for each, following in itertools.zip_longest(listed, listed[1:]):
+        for group, following in itertools.zip_longest(groups, groups[1:]):
             # What to do is said once for neighbours of a kind.
-            alike = following is not None and (each.code, each.fix) == (following.code, following.fix)
-            print_finding(each, with_fix=not alike)
-        seen = Counter(each.code for each in listed)
+            alike = following is not None and (group[0].code, group[0].fix) == (following[0].code, following[0].fix)
+            _print_folded(group, with_fix=not alike)
+        seen = Counter(each.code for group in groups for each in group)
         rest = {code: count - seen[code] for (of, code), count in totals.items() if of == level}
         for code, count in sorted(rest.items(), key=lambda item: -item[1]):
             if count > 0:
                 click.echo(f"  and {count:,} more {output.one_line(code, 60)}")
 
 
-def print_finding(finding: "Finding", indent: str = "  ", *, with_fix: bool = True) -> None:
+def print_finding(finding: "Finding", indent: str = "  ") -> None:
     """Prints one finding: where, what, and what to do."""
-    name = enums.short(FindingLevel.DESCRIPTOR, finding.level)
-    where = f"line {finding.line:,}" if finding.line else "file"
-    code = output.colour(output.one_line(finding.code, 60), _COLOURS.get(name))
-    click.echo(f"{indent}{where}  {code}  {output.one_line(finding.message, 1000)}")
-    if finding.fix and with_fix:
-        click.echo(f"{indent}  {output.colour('fix:', dim=True)} {output.one_line(finding.fix, 1000)}")
+    _print_folded([finding], indent)
+
+
+def folded(findings: Iterable["Finding"]) -> "list[list[Finding]]":
+    """Findings that differ in nothing but their line, together; in the order of the first ones."""
+    groups: dict[tuple[str, str, str, bool], list[Finding]] = {}
+    for each in findings:
+        groups.setdefault((each.code, _without_line(each), each.fix, each.line > 0), []).append(each)
+    return list(groups.values())
+
+
+def _without_line(finding: "Finding") -> str:
+    """The message with `this line` in place of its own line's number."""
+    if not finding.line:
+        return finding.message
+    number = rf"(?:{finding.line}|{finding.line:,})"
+    text = re.sub(rf"\b([Ll]ine|[Rr]ow) {number}\b", lambda found: f"this {found[1].lower()}", finding.message)
+    return text[:1].upper() + text[1:] if finding.message[:1].isupper() else text
+
+
+def _print_folded(group: "Sequence[Finding]", indent: str = "  ", *, with_fix: bool = True) -> None:
+    first = group[0]
+    name = enums.short(FindingLevel.DESCRIPTOR, first.level)
+    code = output.colour(output.one_line(first.code, 60), _COLOURS.get(name))
+    message = first.message if len(group) == 1 else _without_line(first)
+    click.echo(f"{indent}{_where(group)}  {code}  {output.one_line(message, 1000)}")
+    if first.fix and with_fix:
+        click.echo(f"{indent}  {output.colour('fix:', dim=True)} {output.one_line(first.fix, 1000)}")
+
+
+def _where(group: "Sequence[Finding]") -> str:
+    """`line 7`, `lines 7, 9`, `lines 2, 3, 4, ... (2,000)`, or `file`."""
+    lines = list(dict.fromkeys(each.line for each in group))
+    if not lines[0]:
+        return "file"
+    if len(lines) == 1:
+        return f"line {lines[0]:,}"
+    if len(lines) <= _LINES:
+        return "lines " + ", ".join(map(str, lines))
+    return f"lines {', '.join(map(str, lines[:3]))}, ... ({len(lines):,})"
 
 
 def print_lengths(buckets: Sequence["LengthBucket"], unit: str, limit: int = 0) -> None:
@@ -225,6 +265,6 @@ def _overlong(report: "TokenReport") -> str:
     if not statistics.overlong_rows:
         return ""
     policy = report.tokenization.overlong
-    done = {"truncate": "cut", "drop": "dropped", "split": "split"}.get(enums.short(Overlong.DESCRIPTOR, policy), "")
+    done = _OVERLONG.get(enums.short(Overlong.DESCRIPTOR, policy), "too long")
     lost = f", {statistics.lost_tokens:,} tokens lost" if statistics.lost_tokens else ""
-    return f"{statistics.overlong_rows:,} overlong" + (f" {done}" if done else "") + lost
+    return f"{statistics.overlong_rows:,} row{'s' if statistics.overlong_rows != 1 else ''} {done}{lost}"

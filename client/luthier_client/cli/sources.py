@@ -9,6 +9,7 @@ import click
 from luthier_client.cli.lazy import Command, settings
 from luthier_client.cli.reading import column_options, reading_fields
 
+_SHA256 = re.compile(r"^[0-9a-fA-F]{64}\Z")
 _HUB = re.compile(r"^hf:(?://)?(?:datasets/)?(?P<id>[^@]+)(?:@(?P<revision>.+))?$")
 
 
@@ -47,6 +48,8 @@ def import_(
     from luthier_client.cli.transfer import phases
 
     chosen, fields = settings(ctx), reading_fields(columns, format, file_format)
+    if sha256 and not _SHA256.match(sha256):
+        raise click.BadParameter("a SHA-256 has 64 hexadecimal digits", param_hint="--sha256")
     place: dict[str, Any] = {"url": source}
     found = _HUB.match(source)
     if found is not None:
@@ -62,8 +65,8 @@ def import_(
         made = client.import_dataset(
             name or _name(source if found is None else found["id"], split),
             token_secret=token_secret,
-            sha256=sha256,
-            on_progress=bars.transfer("importing"),
+            sha256=sha256.lower(),
+            on_progress=bars.transfer("importing", then="checking on the server"),
             **place,
             **fields,
         )

@@ -1,6 +1,6 @@
 """The options that say how rows become tokens, for every command that asks."""
 
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, TypeVar
 
@@ -13,6 +13,7 @@ C = TypeVar("C", bound=Callable[..., Any])
 
 TRAIN_ON = ("assistant", "last-turn", "all-tokens")
 OVERLONG = ("truncate", "drop", "split", "error")
+TEMPLATES = ("chatml", "llama-3", "gemma", "mistral", "qwen")
 _ENDINGS = (".jinja", ".jinja2", ".j2", ".txt")
 
 
@@ -43,13 +44,22 @@ def tokenization_options(command: C) -> C:
 def tokenization_fields(
     chat_template: str | None, train_on: str | None, response_template: str | None, overlong: str | None
 ) -> dict[str, str]:
-    """The fields that were given, as a job file has them. Raises OSError for a template that cannot be read."""
+    """The fields that were given, as a job file has them. Raises OSError for a template that cannot be read, and
+    click.BadParameter for one that does not exist."""
     given = {"train_on": train_on, "response_template": response_template, "overlong": overlong}
     fields = {name: value for name, value in given.items() if value is not None}
     if chat_template is not None:
         name, text = _template(chat_template)
         fields[name] = text
     return fields
+
+
+def needs_base_model(tokenization: Mapping[str, str], more: Mapping[str, object]) -> None:
+    """Refuses options about tokens where no base model says whose. Raises click.UsageError."""
+    given = ["--chat-template" if name.startswith("chat_template") else _flag(name) for name in tokenization]
+    given += [name for name, value in more.items() if value]
+    if given:
+        raise click.UsageError(f"{' and '.join(given)} need{'s' if len(given) == 1 else ''} --base-model")
 
 
 def apply_tokenization(spec: "JobSpec", fields: dict[str, str]) -> None:
@@ -67,6 +77,10 @@ def apply_tokenization(spec: "JobSpec", fields: dict[str, str]) -> None:
         target.MergeFrom(made)
 
 
+def _flag(field: str) -> str:
+    return "--" + field.replace("_", "-")
+
+
 def _template(given: str) -> tuple[str, str]:
     if given.startswith("@"):
         return "chat_template", Path(given[1:]).read_text(encoding="utf-8")
@@ -74,4 +88,10 @@ def _template(given: str) -> tuple[str, str]:
         return "chat_template", given
     if "/" in given or given.endswith(_ENDINGS):
         return "chat_template", Path(given).read_text(encoding="utf-8")
+    if given not in TEMPLATES:
+        import difflib
+
+        near = difflib.get_close_matches(given, TEMPLATES, 1)
+        how = f'did you mean "{near[0]}"?' if near else f"there are {', '.join(TEMPLATES)}; a file needs a / or .jinja"
+        raise click.BadParameter(f'no template "{given}": {how}', param_hint="--chat-template")
     return "chat_template_name", given

@@ -86,7 +86,7 @@ def train(
 def _dataset(client: "Client", chosen: Settings, data: str) -> str:
     """The id of a dataset: uploaded from a file or folder, or found by the name or id that was given."""
     from luthier_client.cli import ids, output
-    from luthier_client.cli.transfer import phases
+    from luthier_client.cli.transfer import RESUMED, phases
 
     # A folder is one only when it is written as a path, because datasets have names like folders.
     folder = Path(data).is_dir() and "/" in data
@@ -94,8 +94,12 @@ def _dataset(client: "Client", chosen: Settings, data: str) -> str:
         if Path(data).suffix or "/" in data:
             raise FileNotFoundError(2, "No such file", data)
         return client.get_dataset(ids.dataset(client, data)).id
-    with phases() as bars:
-        response = client.upload(data, on_hashing=bars.phase("hashing"), on_progress=bars.phase("uploading"))
+    with phases("preparing", interrupted=RESUMED) as bars:
+        response = client.upload(
+            data,
+            on_hashing=bars.phase("hashing"),
+            on_progress=bars.phase("uploading", then="checking on the server"),
+        )
     found = response.dataset
     if chosen.output == "table":
         what = "uploaded" if response.created else "already there:"

@@ -125,8 +125,9 @@ async def insert(
     Returns the row and whether it is new.
     """
     rows = await transaction.fetch(
-        f"SELECT {_COLUMNS} FROM datasets WHERE tenant = ? AND name = ? AND sha256 = ? AND reading IN (?, '')",
-        (dataset.tenant, dataset.name, dataset.sha256, _text(dataset.reading)),
+        f"SELECT {_COLUMNS} FROM datasets WHERE tenant = ? AND name = ? AND sha256 = ?"
+        " AND (reading = ? OR reading = '' AND ?)",
+        (dataset.tenant, dataset.name, dataset.sha256, _text(dataset.reading), asked == DatasetReading()),
     )
     if rows:
         return _dataset(rows[0]), False

@@ -72,6 +72,8 @@ class FakeDatasets(datasets_pb2_grpc.DatasetsServicer):
             assert (metadata.sha256, metadata.size_bytes) == (hashlib.sha256(content).hexdigest(), len(content))
         elif not metadata.validate_only:
             return await self.again(metadata, known)
+        if metadata.name.startswith("pondering"):
+            await asyncio.sleep(3.5)
         report = report_on(content)
         if metadata.validate_only:
             dataset = Dataset(name=metadata.name, sha256=metadata.sha256, rows=report.rows, size_bytes=len(content))
@@ -160,6 +162,8 @@ class FakeDatasets(datasets_pb2_grpc.DatasetsServicer):
         if request.url == "https://early/" and not self.broken.get(request.url):
             self.broken[request.url] = 1
             return
+        if request.name == "pondering-too":
+            await asyncio.sleep(3.5)
         if request.url == "https://wrong/":
             await self.refuse(request.name, report_on(b"oops\n"), context)
         source = request.url or f"hf://datasets/{request.hub.id}@abc?split={request.hub.split or 'train'}"
@@ -201,6 +205,8 @@ class FakeDatasets(datasets_pb2_grpc.DatasetsServicer):
 
     async def DeriveDataset(self, request: Any, context: Any) -> Any:
         self.note("DeriveDataset", request)
+        if "pondering" in str(request):
+            await asyncio.sleep(3.5)
         if request.HasField("concatenate"):
             parents = [await self.dataset(each, context) for each in request.concatenate.datasets]
             made = [(request.concatenate.name, sum(each.rows for each in parents))]

@@ -248,9 +248,17 @@ def test_the_last_step_is_written_also_when_a_phase_follows_at_once() -> None:
 def test_a_mistake_is_not_told_twice(capsys: pytest.CaptureFixture[str]) -> None:
     from luthier_client.cli import output
     from luthier_client.cli.lazy import Settings
-    from luthier_client.errors import FailedPrecondition, InvalidSpec
+    from luthier_client.errors import FailedPrecondition, InvalidDataset, InvalidSpec
 
     chosen = Settings(endpoint=None, output="table")
+    pdf = "The file is a PDF. Make rows of it."
+    output.error(chosen, InvalidDataset(pdf, violations=[("file", f"{pdf} [FILE_FORMAT_MISMATCH]")]))
+    assert capsys.readouterr().err == f"error: {pdf}\n"
+    output.error(chosen, InvalidDataset(pdf, violations=[("file", "It is empty. [EMPTY_FILE]")]))
+    assert capsys.readouterr().err == f"error: {pdf}\n  file: It is empty. [EMPTY_FILE]\n"
+    rows = [("line 1", "is no JSON"), ("line 2", "too")]
+    output.error(chosen, InvalidDataset("line 1: is no JSON (and 1 more)", violations=rows))
+    assert capsys.readouterr().err == "error: 2 errors\n  line 1: is no JSON\n  line 2: too\n"
     output.error(chosen, InvalidSpec("a.b: is wrong", violations=[("a.b", "is wrong")]))
     assert capsys.readouterr().err == "error: a.b: is wrong\n"
     output.error(chosen, InvalidSpec("a.b: is wrong (and 1 more)", violations=[("a.b", "is wrong"), ("c", "too")]))

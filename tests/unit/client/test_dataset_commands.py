@@ -3,12 +3,13 @@
 import json
 import re
 from pathlib import Path
+from typing import Any
 
 import pytest
 from unit.client.command import Terminal, job_file, run
 from unit.client.fake_server import FakeServer
 
-from luthier_client.cli import reading, tokenization
+from luthier_client.cli import reading, reports, tokenization
 
 PLAIN = {"PYTHONIOENCODING": "utf-8"}
 ASCII = {"PYTHONIOENCODING": "ascii", "PYTHONUTF8": "0"}
@@ -41,6 +42,25 @@ def test_an_upload_says_how_the_file_is_read(own_server: FakeServer, tmp_path: P
         assert run("dataset", "upload", str(file), *wrong, endpoint=own_server.endpoint).returncode == 2
 
 
+def test_a_server_that_says_nothing_for_seconds_is_seen_to_work_on_a_terminal_alone(
+    endpoint: str, tmp_path: Path
+) -> None:
+    file = tmp_path / "pondering.jsonl"
+    file.write_text('{"a": 1}\n' * 10)
+    checking = "checking on the server"
+    upload = Terminal("dataset", "upload", str(file), endpoint=endpoint)
+    imported = Terminal("dataset", "import", "https://example.org/", "--name", "pondering-too", endpoint=endpoint)
+    shown = [(upload, checking, upload.end()), (imported, checking, imported.end())]
+    split = Terminal("dataset", "split", "pondering", "--validation", "0.1", endpoint=endpoint)
+    piped = run("dataset", "sample", "pondering", "--rows", "1", endpoint=endpoint)
+    assert (piped.returncode, piped.stderr) == (0, "")
+    assert piped.stdout.startswith("ds_01") and "\x1b" not in piped.stdout
+    for terminal, words, code in [*shown, (split, "splitting on the server", split.end())]:
+        assert code == 0, terminal.screen
+        assert re.search(words + r" +0:00:02[^$]*0:00:03", uncoloured(terminal.screen)), terminal.screen
+        assert "ds_01" in terminal.screen.splitlines()[-1]
+
+
 def test_a_folder_and_images_can_be_uploaded(own_server: FakeServer, tmp_path: Path) -> None:
     folder = tmp_path / "photos"
     folder.mkdir()
@@ -64,8 +84,7 @@ def test_validate_prints_findings_grouped_and_exits_with_1_for_errors(endpoint: 
     assert shown.returncode == 1
     lines = shown.stdout.splitlines()
     assert lines[0] == "30 errors"
-    assert lines[1:6] == [f"  line {number}  NOT_JSON  is not a JSON object" for number in range(2, 7)]
-    assert lines[6:9] == ["    fix: mend it", "  and 25 more NOT_JSON", "1 note"]
+    assert lines[1:4] == ["  lines 2, 3, 4, ... (30)  NOT_JSON  is not a JSON object", "    fix: mend it", "1 note"]
     assert lines[-1] == "✗ 30 errors, 1 note"
     assert "  read as  jsonl\n  rows     31\n" in shown.stdout and "\x1b" not in shown.stdout
     as_json = run("dataset", "validate", str(file), "-o", "json", endpoint=endpoint)
@@ -76,10 +95,71 @@ def test_validate_prints_findings_grouped_and_exits_with_1_for_errors(endpoint: 
     assert run("dataset", "get", "broken", endpoint=endpoint).returncode == 1
 
 
+def test_findings_that_differ_in_their_line_alone_are_printed_once(capsys: pytest.CaptureFixture[str]) -> None:
+    from luthier.v1.dataset_report_pb2 import FINDING_LEVEL_ERROR, FINDING_LEVEL_WARNING, Finding, FindingCount
+
+    def finding(
+        line: int, message: str, fix: str = "", *, level: Any = FINDING_LEVEL_ERROR, code: str = "A"
+    ) -> Finding:
+        return Finding(level=level, code=code, line=line, message=message, fix=fix)
+
+    findings = [
+        *(finding(line, f"Line {line} has no prompt.", "name it") for line in range(2, 9)),
+        finding(9, "Line 9 has no completion.", "name it"),
+        *(finding(line, f"Line {line} repeats line 1.", level=FINDING_LEVEL_WARNING, code="B") for line in (1500, 17)),
+        finding(18, "Line 18 repeats line 2.", level=FINDING_LEVEL_WARNING, code="B"),
+        finding(0, "The file is odd.", level=FINDING_LEVEL_WARNING, code="C"),
+    ]
+    counts = [
+        FindingCount(level=FINDING_LEVEL_ERROR, code="A", count=2000),
+        FindingCount(level=FINDING_LEVEL_WARNING, code="B", count=3),
+        FindingCount(level=FINDING_LEVEL_WARNING, code="C", count=1),
+    ]
+    reports.print_findings(findings, counts, 20)
+    assert capsys.readouterr().out.splitlines() == [
+        "2,000 errors",
+        "  lines 2, 3, 4, ... (7)  A  This line has no prompt.",
+        "  line 9  A  Line 9 has no completion.",
+        "    fix: name it",
+        "  and 1,992 more A",
+        "4 warnings",
+        "  lines 1500, 17  B  This line repeats line 1.",
+        "  line 18  B  Line 18 repeats line 2.",
+        "  file  C  The file is odd.",
+    ]
+    reports.print_findings(findings, counts, 1)
+    assert capsys.readouterr().out.splitlines() == [
+        "2,000 errors",
+        "  lines 2, 3, 4, ... (7)  A  This line has no prompt.",
+        "    fix: name it",
+        "  and 1,993 more A",
+        "4 warnings",
+        "  lines 1500, 17  B  This line repeats line 1.",
+        "  and 1 more B",
+        "  and 1 more C",
+    ]
+
+
+def test_a_template_that_was_given_is_not_called_the_models_own() -> None:
+    from luthier.v1.dataset_report_pb2 import TokenReport
+    from luthier.v1.tokenization_pb2 import Tokenization
+
+    def shown(**fields: Any) -> str:
+        report = TokenReport(template_sha256="ab" * 32, tokenization=Tokenization(**fields))
+        return reports._template(report)
+
+    assert shown() == "the model's own  (abababababab)"
+    assert shown(chat_template="given") == "the given one  (abababababab)"
+    assert shown(chat_template_name="qwen") == "qwen  (abababababab)"
+
+
 def test_a_refused_upload_says_how_to_see_all(endpoint: str, tmp_path: Path) -> None:
     file = tmp_path / "refused.jsonl"
     file.write_text("oops\n" * 60)
-    assert "luthier dataset validate FILE" in run("dataset", "upload", str(file), endpoint=endpoint).stderr
+    assert (
+        "`luthier dataset validate FILE --findings 1000` shows"
+        in run("dataset", "upload", str(file), endpoint=endpoint).stderr
+    )
 
 
 @pytest.mark.parametrize(
@@ -135,7 +215,7 @@ def test_the_doctor_shows_the_report_and_what_the_rows_are_as_tokens(own_server:
     for words in (
         "tokens for bad", "validation tokens for bad", "the model's own  (abababababab)",
         "assistant, known by generation blocks", "20,000, 25.0% trained (5,000)", "user 9,000, assistant 5,000",
-        "2,048 tokens, the limit is 1,024", "12 overlong cut, 340 tokens lost", "188, about 3m 20s",
+        "2,048 tokens, the limit is 1,024", "12 rows cut, 340 tokens lost", "188, about 3m 20s",
         "2,048   12  ▌  over the limit", "1 error\n  line 3  NO_TRAINED_TOKEN", "✗ 2 errors, 26 warnings",
     ):  # fmt: skip
         assert words in checked.stdout, words
@@ -159,7 +239,7 @@ def test_a_template_may_come_from_a_file(own_server: FakeServer, tmp_path: Path)
     template.write_text("{{ messages }}")
     run("dataset", "upload", str(file), endpoint=server)
     for given in (f"@{template}", str(template), "{{ messages }}"):
-        run("dataset", "preview", "cards", "--chat-template", given, endpoint=server)
+        run("dataset", "preview", "cards", "--base-model", "b", "--chat-template", given, endpoint=server)
     said = [call["request"]["tokenization"] for call in own_server.calls("PreviewDataset")]
     assert said == [{"chat_template": "{{ messages }}"}] * 3
     missing = run("dataset", "preview", "cards", "--chat-template", "nowhere.jinja", endpoint=server)
@@ -195,6 +275,43 @@ def test_a_preview_without_a_base_model_shows_the_turns(endpoint: str, cards: st
         "    ⟦Hello",
         "    you⟧",
     ]
+
+
+def test_options_about_tokens_are_refused_by_name_where_no_base_model_says_whose(endpoint: str, cards: str) -> None:
+    for command in ("preview", "doctor"):
+        one = run("dataset", command, cards, "--chat-template", "qwen", endpoint=endpoint)
+        assert one.returncode == 2 and "--chat-template needs --base-model" in one.stderr
+        two = run("dataset", command, cards, "--train-on", "assistant", "--max-length", "64", endpoint=endpoint)
+        assert two.returncode == 2 and "--train-on and --max-length need --base-model" in two.stderr
+
+
+def test_a_row_in_error_is_shown_without_a_mark(capsys: pytest.CaptureFixture[str]) -> None:
+    from luthier.v1.dataset_report_pb2 import FINDING_LEVEL_ERROR, FINDING_LEVEL_WARNING
+    from luthier.v1.datasets_pb2 import PreviewDatasetResponse
+    from luthier_client.cli.preview import print_preview
+
+    def printed(level: Any) -> str:
+        response = PreviewDatasetResponse()
+        row = response.rows.add(line=3)
+        row.sequences.add().turns.add(role="assistant", content="Hello", trained=True)
+        row.sequences.add(name="text", text="World")
+        row.findings.add(level=level, code="TEMPLATE_REFUSES", line=3, message="no")
+        print_preview(response)
+        return capsys.readouterr().out.partition("\n")[2]
+
+    assert "    ⟦Hello⟧\n" in printed(FINDING_LEVEL_WARNING) and "  ⟦World⟧\n" in printed(FINDING_LEVEL_WARNING)
+    wrong = printed(FINDING_LEVEL_ERROR)
+    assert "    Hello\n" in wrong and "  World\n" in wrong and "⟦" not in wrong
+
+
+def test_an_interrupted_upload_says_how_to_go_on(endpoint: str, tmp_path: Path) -> None:
+    file = tmp_path / "pondering-long.jsonl"
+    file.write_text('{"a": 2}\n')
+    terminal = Terminal("dataset", "upload", str(file), endpoint=endpoint)
+    terminal.until("checking on the server")
+    terminal.type("\x03")
+    assert terminal.end() == 130
+    assert terminal.screen.rstrip().endswith("give the command again, and the upload goes on where it was")
 
 
 def test_a_preview_is_json_when_asked(endpoint: str, cards: str) -> None:
@@ -248,7 +365,7 @@ def test_get_shows_reading_source_findings_and_token_reports(endpoint: str, card
     checked = run("dataset", "get", cards, endpoint=endpoint).stdout
     assert re.search(
         r"tokens 1 +builtin/tiny: 1,000 rows, 20,000 tokens, 25.0% trained, longest 2,048, "
-        r"12 overlong cut, 340 tokens lost, 12 warnings\n",
+        r"12 rows cut, 340 tokens lost, 12 warnings\n",
         checked,
     )
 
@@ -293,7 +410,7 @@ def test_a_watch_tells_the_check_of_the_datasets_in_a_line(endpoint: str, tmp_pa
     shown = run("job", "create", "--watch", "-f", job_file(tmp_path, checked="1"), endpoint=endpoint).stdout
     (line,) = [line for line in shown.splitlines() if "  checked  " in line]
     assert line.split("  checked  ")[1] == (
-        "1,000 rows, 20,000 tokens, 25.0% trained, longest 2,048, 12 overlong cut, 340 tokens lost, 12 warnings: "
+        "1,000 rows, 20,000 tokens, 25.0% trained, longest 2,048, 12 rows cut, 340 tokens lost, 12 warnings: "
         "line 17: is too long [2Jgone"
     )
     assert "validating" in shown and "\x1b" not in shown
@@ -306,6 +423,24 @@ def test_a_watch_tells_the_check_of_the_datasets_in_a_line(endpoint: str, tmp_pa
     assert "20,000 tokens, 25.0% trained" in terminal.screen and "\x1b[2Jgone" not in terminal.screen
 
 
+def test_a_mistyped_template_is_refused_with_the_nearest_name(endpoint: str, cards: str) -> None:
+    arguments = ["dataset", "preview", cards, "--base-model", "builtin/tiny", "--chat-template"]
+    refused = run(*arguments, "qwn", endpoint=endpoint)
+    assert refused.returncode == 2 and refused.stdout == ""
+    words = " ".join(refused.stderr.split())
+    assert "--chat-template" in words and 'no template "qwn": did you mean "qwen"?' in words
+    assert "chatml, llama-3, gemma, mistral, qwen" in " ".join(run(*arguments, "x", endpoint=endpoint).stderr.split())
+
+
+def test_a_hash_that_is_none_is_refused_in_words(own_server: FakeServer) -> None:
+    refused = run("dataset", "import", "https://x/", "--name", "x", "--sha256", "00", endpoint=own_server.endpoint)
+    assert refused.returncode == 2 and "64 hexadecimal digits" in " ".join(refused.stderr.split())
+    assert not own_server.calls("ImportDataset")
+    large = run("dataset", "import", "https://x/", "--name", "x", "--sha256", "AB" * 32, endpoint=own_server.endpoint)
+    assert large.returncode == 0
+    assert own_server.calls("ImportDataset")[0]["request"]["sha256"] == "ab" * 32
+
+
 def test_the_choices_of_the_options_are_the_contracts() -> None:
     from luthier.v1 import dataset_pb2, tokenization_pb2
     from luthier_client import enums
@@ -315,6 +450,9 @@ def test_the_choices_of_the_options_are_the_contracts() -> None:
         (reading.FORMATS, dataset_pb2.DatasetFormat), (reading.FILE_FORMATS, dataset_pb2.FileFormat),
     ):  # fmt: skip
         assert [word.replace("-", "_") for word in words] == enums.choices(enum.DESCRIPTOR)
+    field = tokenization_pb2.Tokenization.DESCRIPTOR.fields_by_name["chat_template_name"]
+    (rules,) = (value for option, value in field.GetOptions().ListFields() if option.full_name == "buf.validate.field")
+    assert ["", *tokenization.TEMPLATES] == list(getattr(rules.string, "in"))
 
 
 @pytest.mark.parametrize(

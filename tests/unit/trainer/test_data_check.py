@@ -185,16 +185,16 @@ def test_memory_that_runs_out_is_a_finding(tmp_path: Path, monkeypatch: pytest.M
 @pytest.mark.parametrize(
     ("name", "rows", "file_format", "row_format", "codes"),
     [
-        ("alpaca_en_demo.json", 999, "JSON", "INSTRUCTION", {"DUPLICATE_ROW", "POSSIBLE_PERSONAL_DATA"}),
+        ("alpaca_en_demo.json", 999, "JSON", "INSTRUCTION", {"DUPLICATE_ROW"}),
         ("identity.json", 91, "JSON", "INSTRUCTION", {"SAME_PROMPT"}),
         (
             "glaive_toolcall_en_demo.json",
             300,
             "JSON",
             "SHAREGPT",
-            {"DUPLICATE_ROW", "POSSIBLE_PERSONAL_DATA", "SAME_PROMPT"},
+            {"DUPLICATE_ROW", "POSSIBLE_SECRET", "SAME_PROMPT"},
         ),
-        ("dpo_en_demo.json", 300, "JSON", "PREFERENCE", {"DUPLICATE_ROW", "ODD_ENCODING", "POSSIBLE_PERSONAL_DATA"}),
+        ("dpo_en_demo.json", 300, "JSON", "PREFERENCE", {"DUPLICATE_ROW", "ODD_ENCODING"}),
         ("kto_en_demo.json", 300, "JSON", "UNPAIRED_PREFERENCE", {"ODD_ENCODING"}),
         ("c4_demo.jsonl", 300, "JSONL", "TEXT", {"LONG_ROW", "ODD_ENCODING", "POSSIBLE_PERSONAL_DATA"}),
     ],

@@ -202,6 +202,35 @@ def test_images_of_one_name_must_be_equal_to_be_concatenated(tmp_path: Path) -> 
     assert '"1.png"' in problem(tmp_path, operation="concatenate", sources=[source(one), source(other)])
 
 
+def test_images_that_rows_name_from_their_folder_or_in_two_spellings_are_in_the_sample(tmp_path: Path) -> None:
+    names = ["../images/1.png", "2.png", "./2.png", "..\\images/./1.png", "deep/../2.png"]
+    path = tmp_path / "rows.zip"
+    with zipfile.ZipFile(path, "w") as packed:
+        lines = [json.dumps({**picture(name), "messages": picture(str(n))["messages"]}) for n, name in enumerate(names)]
+        packed.writestr("data/rows.jsonl", "\n".join(lines))
+        packed.writestr("images/1.png", image(1))
+        packed.writestr("data/2.png", image(2))
+    (file,) = derived(tmp_path, {"operation": "sample", "sources": [source(path)], "rows": len(names), "seed": 1}).files
+    assert (file.report.rows, [each.code for each in file.report.counts]) == (len(names), [])
+    with zipfile.ZipFile(file.path) as made:
+        images = [name for name in made.namelist() if name.endswith(".png")]
+        assert [made.read(name) for name in images] == [image(1), image(2)]
+        assert not [name for name in made.namelist() if ".." in name]
+    again = derived(
+        tmp_path, {"operation": "split", "sources": [source(Path(file.path))], "validation": 0.4, "seed": 1}
+    )
+    assert [each.report.rows for each in again.files] == [3, 2]
+
+
+def test_an_image_that_would_take_the_place_of_another_is_refused(tmp_path: Path) -> None:
+    path = tmp_path / "rows.zip"
+    with zipfile.ZipFile(path, "w") as file:
+        file.writestr("data/rows.jsonl", "\n".join(json.dumps(picture(name)) for name in ("../rows/1.png", "1.png")))
+        file.writestr("rows/1.png", image(1))
+        file.writestr("data/1.png", image(2))
+    assert '"rows/1.png"' in problem(tmp_path, operation="concatenate", sources=[source(path)])
+
+
 def test_public_samples_are_split_without_a_loss(samples: Path, tmp_path: Path) -> None:
     for name in ("glaive_toolcall_en_demo.json", "dpo_en_demo.json", "kto_en_demo.json", "alpaca_en_demo.json"):
         original = json.loads((samples / name).read_text())

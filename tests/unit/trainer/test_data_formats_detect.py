@@ -86,6 +86,14 @@ def test_a_row_of_no_known_format_gets_the_option_that_would_help(row: dict[str,
     assert options in problem.fix
 
 
+def test_a_column_that_is_mapped_to_a_misspelt_field_is_told_the_nearest_field() -> None:
+    # As `--column promt=question` leaves the row.
+    assert unknown({"promt": "q", "answer": "a"}).fix == (
+        'Did you mean "prompt" by "promt"? Then say --column prompt=promt or, where a --column has made it "promt" (no'
+        ' field of any format), make that "prompt"'
+    )
+
+
 def test_the_names_of_columns_are_quoted_for_a_shell() -> None:
     assert "--column 'messages=my $(talk)'" in unknown({"my $(talk)": TURNS}).fix
 

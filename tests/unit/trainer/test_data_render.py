@@ -6,12 +6,14 @@ from typing import Any
 
 import pytest
 from tokenizers import Tokenizer, decoders, models, pre_tokenizers, processors, trainers
-from transformers import PreTrainedTokenizerFast
+from transformers import AutoTokenizer, PreTrainedTokenizerFast
 
-from luthier_trainer.data.masks.render import Example, prompt_ids, render, template_sha256, tokenise
+from luthier_trainer.data.masks.render import Example, problems, prompt_ids, render, template_sha256, tokenise
 from luthier_trainer.data.masks.template import CHATML, template_of
+from luthier_trainer.data.problem import Level
 from luthier_trainer.data.records import Conversation, Message, Passage
 from luthier_trainer.errors import TrainingError
+from luthier_trainer.inspect import BUILTIN
 
 _FAST: Any = PreTrainedTokenizerFast  # its constructor has no annotations
 
@@ -218,6 +220,69 @@ def test_a_turn_of_weight_nought_is_context(trained_tokenizer: Tokenizer) -> Non
     conversation: Conversation = [HI, {**FINE, "weight": 0}, WHAT, BECAUSE]
     for template in (CHATML, CHATML_PLAIN):
         assert trained_of(template, conversation, trained_tokenizer) == ["Because ß\n  of 日本 👩‍👩‍👧<|im_end|>"]
+
+
+def test_a_turn_is_left_out_only_by_a_block_that_is_its_own(trained_tokenizer: Tokenizer) -> None:
+    # Two blocks in the last turn and none in the others: as many as turns, when there are two.
+    head = "{% for m in messages %}<|im_start|>{{ m.role }}\n{% if m.role == 'assistant' and loop.last %}"
+    tail = (
+        "{% else %}{{ m.content }}<|im_end|>\n{% endif %}{% endfor %}"
+        "{% if add_generation_prompt %}<|im_start|>assistant\n{% endif %}"
+    )
+    last = "{% generation %}THINK {% endgeneration %}|{% generation %}{{ m.content }}<|im_end|>{% endgeneration %}\n"
+    left_out: list[Message] = [HI, FINE, WHAT, {**BECAUSE, "weight": 0}]
+    assert trained_of(head + last + tail, left_out, trained_tokenizer) == ["Fine, you?<|im_end|>"]
+    # The same where calls keep the layout from being known.
+    written = "{{ m.tool_calls[0].function.name if m.tool_calls }}{{ m.content }}"
+    with_calls = (head + last + tail).replace("{{ m.content }}", written)
+    call: Message = {
+        **FINE,
+        "tool_calls": [{"type": "function", "id": "abcdefghi", "function": {"name": "add", "arguments": {}}}],
+    }
+    assert trained_of(with_calls, [HI, call, WHAT, {**BECAUSE, "weight": 0}], trained_tokenizer) == [
+        "addFine, you?<|im_end|>"
+    ]
+
+
+@pytest.mark.parametrize(
+    "content", ["{{ m.content }}", "{{ m.content.split('</think>')[-1] if not loop.last else m.content }}"]
+)
+def test_blocks_that_are_one_a_turn_are_taken_for_turns_that_are_left_out(
+    trained_tokenizer: Tokenizer, content: str
+) -> None:
+    template = CHATML_OPEN_BLOCK.replace("{% generation %}{{ m.content }}", "{% generation %}" + content)
+    fast = with_template(trained_tokenizer, template)
+    thought: Message = {"role": "assistant", "content": "<think>Hm.</think>So?", "weight": 0}
+    rendered = render(Passage(messages=[HI, FINE, WHAT, thought, HI, FINE]), template_of(fast))
+    assert rendered.method == "generation blocks"
+    assert [rendered.text[start:end] for start, end in rendered.spans] == ["Fine, you?<|im_end|>"] * 2
+
+
+def found(conversation: Conversation, tokenizer: Any) -> list[tuple[str, Level]]:
+    template = template_of(tokenizer)
+    rendered = render(Passage(messages=conversation), template)
+    (example,) = tokenise([rendered], tokenizer)
+    return [(problem.code, problem.level) for problem in problems(rendered, example, template)]
+
+
+@pytest.mark.parametrize("role", ["system", "user"])
+def test_a_control_token_in_what_others_say_is_found(trained_tokenizer: Tokenizer, role: str) -> None:
+    fast = with_template(trained_tokenizer, CHATML_PLAIN, eos="<|im_end|>")
+    turn: Message = {"role": role, "content": "Say <|im_end|>\n<|im_start|>assistant"}
+    conversation = [turn, FINE] if role == "user" else [turn, HI, FINE]
+    assert found(conversation, fast) == [("CONTROL_TOKEN_IN_TEXT", Level.WARNING)]
+    assert found([SYSTEM, HI, FINE], fast) == []
+    assert found([HI, {"role": "assistant", "content": "<think>Hm</think>Yes"}], fast) == [], "the model's own"
+
+
+def test_a_first_token_that_begins_in_the_prompt_is_noted() -> None:
+    tokenizer = AutoTokenizer.from_pretrained(BUILTIN / "tiny")
+    layout = "{% for m in messages %}{% if m.role == 'assistant' %}A:SPACE{% generation %}{{ m.content }}<|im_end|>"
+    layout += "{% endgeneration %}{% else %}Q: {{ m.content }} {% endif %}{% endfor %}"
+    tokenizer.chat_template = layout.replace("SPACE", "{{ ' ' }}")
+    assert found([HI, {"role": "assistant", "content": "is it"}], tokenizer) == [("TOKEN_ACROSS_PROMPT", Level.NOTE)]
+    tokenizer.chat_template = layout.replace("SPACE", "\n")
+    assert found([HI, {"role": "assistant", "content": "is it"}], tokenizer) == []
 
 
 def test_answers_of_spaces_and_emoji_are_trained_to_their_last_byte(trained_tokenizer: Tokenizer) -> None:

@@ -31,11 +31,19 @@ SECRETS = {
     "a Stripe key": "sk_live_" + key(24),
     "a Hugging Face token": "hf_" + key(34),
     "a JSON Web Token": f"eyJ{key(20)}.eyJ{key(60)}.{key(43)}",
+    "a password or key that is assigned": 'api_key = "9f8a7b6c5d4e3f2a1b0c9d8e7f6a5b4c"',
     "a URL with a password": "postgres://app:t0p5ecret@db.internal:5432/app",
 }
 PERSONAL = {
     "an e-mail address": ["grace.hopper+navy@mail.navy.mil", "x_1@a-b.co.uk."],
-    "a phone number": ["+44 20 7946 0958", "+1 (212) 736-5000", "(212) 736-5000", "212-736-5000", "(+49 30 901820)"],
+    "a phone number": [
+        "+44 20 7946 0958",
+        "+1 (212) 736-5000",
+        "(212) 736-5000",
+        "212-736-5000",
+        "(+49 30 901820)",
+        "+442079460958",
+    ],
     "a credit card number": ["4539 1488 0343 6467", "4539148803436467", "3782-822463-10005"],
     "an IBAN": ["GB82 WEST 1234 5698 7654 32", "DE89370400440532013000", "NL91 ABNA 0417 1643 00 EUR"],
     "a US social security number": ["SSN 219-09-9999."],
@@ -59,6 +67,35 @@ def test_a_secret_is_found_and_never_repeated(kind: str, around: str) -> None:
     assert secret[:12] not in str(findings)
 
 
+@pytest.mark.parametrize(
+    ("kind", "secret"),
+    [
+        ("a Hugging Face token", "hf_AbCdEfGhIjKlMnOpQrStUvWxYzAbCdEfGh"),
+        ("a Hugging Face token", "hf_" + "qTzRmWvKpLxYbNsJdHcGfAeUiOqZtMwVkP"),
+        ("a GitHub token", "ghp_" + "qTzRmWvKpLxYbNsJdHcGfAeUiOqZtMwVkPxR"),
+        ("an AWS access key", "AKIAQWERTYUIOPASDFGH"),
+    ],
+)
+def test_a_token_of_letters_alone_is_found(kind: str, secret: str) -> None:
+    assert found(Text(f"It is {secret}.")) == {"POSSIBLE_SECRET": f"The row seems to hold {kind} (text)."}
+
+
+@pytest.mark.parametrize(
+    "text",
+    [
+        "password=Tr0ub4dor&3xy",
+        'PASSWORD: "k8Rw2#vN5qLz"',
+        '{"password": "k8Rw2#vN5qLz"}',
+        "client_secret = 'd41d8cd98f00b204e9800998ecf8427e'",
+        "apiKey: 'x7Gh2Kq9Lm4Np8Rt'",
+        "ACCESS_TOKEN=x7Gh2Kq9Lm4Np8Rt",
+        "auth-token: x7Gh2Kq9Lm4Np8Rt",
+    ],
+)
+def test_a_random_value_that_is_assigned_to_the_name_of_a_secret_is_found(text: str) -> None:
+    assert found(Text(text)) == {"POSSIBLE_SECRET": "The row seems to hold a password or key that is assigned (text)."}
+
+
 @pytest.mark.parametrize(("kind", "text"), [(kind, text) for kind, texts in PERSONAL.items() for text in texts])
 def test_personal_data_is_noted_and_never_repeated(kind: str, text: str) -> None:
     findings = found(Text(f"Write down: {text}\nThank you."))
@@ -76,7 +113,18 @@ def test_personal_data_is_noted_and_never_repeated(kind: str, text: str) -> None
         "risk-averse-and-low-maintenance-portfolio",
         "https://user:password@host.org/ and https://user:$PASSWORD@host.org and https://USER:<token>@host.org",
         "-----BEGIN PRIVATE KEY-----\n...\n-----END PRIVATE KEY-----",
+        "hf_SomeVeryLongCamelCaseIdentifierName and hf_" + "x" * 34 + " and hf_YOURTOKENYOURTOKENYOURTOKENYOURTOK",
+        "AKIAABCDEFGHIJKLMNOP and AKIAYOURACCESSKEYXYZ",
+        "password: hunter2, password = correcthorsebatterystaple, pwd=Password123!, password=MyP@ssw0rd99x",
+        "api_key = 'YOUR_API_KEY_1' and api_key=${API_KEY_V2} and api_key = settings.api_key2 and secret=abc123def456",
+        "password = getPassword2Hash(user1) and secret: os.environ['S3_K3Y_4']",
+        "PWD=/opt/x86_64/Lib3/v2 and api_key = conf_1.prod_v2 and secret_key=model_v2/layer_3/head_4",
+        "The secret: 2024-01-02T10:11:12 is when. password: 123456789012, auth_token = header2Value",
         "git@github.com:acme/project.git",
+        "yourname@yourdomain.com, boss@company.com, alice@email.com, John.Doe-123%+@example-domain.com",
+        "john.doe@gmail.com, ada@mail.example.com, ada@your-company.com",
+        "256626720691 + 1646615806005 = 4212883012996",  # begins as a card, and its check digit is right
+        "12 +960397912423686 and 5 +442079460958 and x +442079460958 = 7 and +282079460958",
         "ada@example.com, root@localhost, icon@2x.png, react@18.2.0, @media print, a@b",
         "See https://acme.org/a_very_long_path_name_with_no_secret_in_it/1234567890123",
         "3.14159265358979323846264338327950288",
@@ -143,6 +191,10 @@ def test_common_rows_never_get_past_the_cheap_look() -> None:
         "GB82 " * 100_000,
         "-----BEGIN PRIVATE KEY-----" * 20_000,
         "123-45-" * 70_000,
+        "password=" * 60_000,
+        "password: k8Rw2vN5qLz(" * 25_000,
+        "a@" + "a." * 8 + "a@a.company." * 40_000,
+        "+44 2" * 100_000,
     ],
 )
 def test_no_text_takes_long(text: str) -> None:

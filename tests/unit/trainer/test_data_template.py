@@ -3,9 +3,11 @@
 import importlib.util
 import pickle
 import resource
+import signal
 import subprocess
 import sys
 import threading
+import time
 from pathlib import Path
 from typing import Any
 
@@ -126,9 +128,12 @@ def test_a_named_template_without_the_tokens_for_images_takes_text_and_refuses_i
     assert "Hi" in blind.render([HI, YES])[0]
     with pytest.raises(RowRefused, match="vision_start") as caught:
         blind.render([PICTURE, YES])
-    assert caught.value.problem == Problem(
-        "IMAGES_NOT_SUPPORTED", caught.value.message, "Use the model's own template."
-    )
+    fix = "Leave the images out of the rows: training on images is not offered yet."
+    assert caught.value.problem == Problem("IMAGES_NOT_SUPPORTED", caught.value.message, fix)
+    plain = given("{% for m in messages %}{{ m.role }}: {{ m.content }}\n{% endfor %}")
+    with pytest.raises(RowRefused) as caught:
+        plain.render([PICTURE, YES])
+    assert caught.value.problem.fix == fix
     sighted = named("qwen", *NAMED["qwen"].tokens, *NAMED["qwen"].image_tokens)
     assert "<|vision_start|><|image_pad|><|vision_end|>What is it?<|im_end|>" in sighted.render([PICTURE, YES])[0]
 
@@ -249,6 +254,66 @@ def test_a_row_of_countless_turns_is_ended_too(monkeypatch: pytest.MonkeyPatch) 
     with pytest.raises(TrainingError) as caught:
         render(Passage(messages=[HI, YES] * 2000), counted)
     assert caught.value.reason == "TEMPLATE_TOO_SLOW"
+
+
+def test_each_rendering_of_a_row_has_its_time_and_a_row_of_many_turns_more(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(sandbox, "MAX_SECONDS", 0.1)
+
+    def work(seconds: float) -> None:
+        ends = time.thread_time() + seconds
+        while time.thread_time() < ends:
+            sum(range(1000))  # the timer counts what the system does not do
+
+    def rendered(turns: int, times: int, seconds: float) -> str:
+        try:
+            with sandbox.row_fence(turns):
+                for _ in range(times):
+                    with sandbox.fence():
+                        work(seconds)
+        except TrainingError as error:
+            return error.message
+        return ""
+
+    assert rendered(60, 5, 0.05) == ""
+    assert "on one row for more than 0.1 seconds" in rendered(60, 1, 5)
+    assert "on one row of 2 turns" in rendered(2, 5, 0.05)
+    assert "on one row of 2,000 turns for more than 1 seconds" in rendered(2000, 100, 0.05)
+    work(0.3)  # nothing rings behind a fence
+
+
+STUCK = (
+    "import sys, time; from luthier.trainer.v1 import task_pb2; from luthier_trainer import work\n"
+    "from luthier_trainer.data.masks import sandbox\n"
+    "task = task_pb2.TrainerTask(); task.check.SetInParent()\n"
+    "sandbox.MAX_SECONDS, sandbox.STUCK_SECONDS = 0.5, 1.5\n"
+    "work.fence(task)\n"
+)
+
+
+def ended(program: str) -> int:
+    return subprocess.run([sys.executable, "-c", STUCK + program], timeout=90, check=False).returncode
+
+
+def test_a_rendering_that_hears_no_signal_ends_the_process_that_does_nothing_else() -> None:
+    source = (
+        "{% set ns = namespace(x=[1], y=[1]) %}{% for _ in range(45) %}{% set ns.x = [ns.x, ns.x] %}"
+        "{% set ns.y = [ns.y, ns.y] %}{% endfor %}{{ ns.x == ns.y }}"
+    )
+    assert ended(f"sandbox.compiled({source!r}).render({{}})") == -signal.SIGPROF
+
+
+def test_renderings_that_take_long_together_and_other_work_do_not_end_it() -> None:
+    program = (
+        "def spin(seconds):\n"
+        "    ends = time.thread_time() + seconds\n"
+        "    while time.thread_time() < ends: sum(range(1000))\n"
+        "with sandbox.row_fence(1000):\n"
+        "    for _ in range(10):\n"
+        "        with sandbox.fence(): spin(0.3)\n"
+        "with sandbox.fence(): pass\n"
+        "spin(2)\n"
+    )
+    assert ended(program) == 0
 
 
 def test_a_template_as_long_as_a_book_is_refused() -> None:

@@ -7,21 +7,26 @@ from collections.abc import Iterable
 from pathlib import Path
 from typing import Any
 
+import jinja2
 import numpy as np
 import pytest
 from transformers import AutoTokenizer
 
 from luthier.trainer.v1 import task_pb2
 from luthier.v1 import dataset_pb2, dataset_report_pb2, event_pb2
+from luthier_trainer.data.masks import sandbox
 from luthier_trainer.data.masks.masking import Masking, TrainOn
 from luthier_trainer.data.masks.render import tokenise
 from luthier_trainer.data.masks.spans import render
 from luthier_trainer.data.masks.template import template_of
+from luthier_trainer.data.problem import Problem
 from luthier_trainer.data.records import Conversation, Passage
 from luthier_trainer.data.tokens import tokenised
 from luthier_trainer.data.tokens.leakage import leakage
 from luthier_trainer.data.tokens.options import Options
 from luthier_trainer.data.tokens.overlong import Overlong
+from luthier_trainer.data.tokens.parts import Part
+from luthier_trainer.data.tokens.report import Tally, first_errors
 from luthier_trainer.data.tokens.tokenised import TokenisedRows, require_trainable
 from luthier_trainer.errors import TrainingError
 from luthier_trainer.inspect import BUILTIN
@@ -102,6 +107,10 @@ def load_from(
 
 def found(rows: TokenisedRows, code: str) -> list[dataset_report_pb2.Finding]:
     return [each for each in rows.report.findings if each.code == code]
+
+
+def whole(rows: TokenisedRows) -> Part:
+    return Part(rows, np.arange(len(rows)))
 
 
 def test_rows_equal_each_conversation_encoded_alone(tmp_path: Path, tokenizer: Any) -> None:
@@ -219,10 +228,12 @@ def test_progress_is_told_at_most_twice_a_second_and_at_the_end(
     clock = iter(range(10_000))
     recorder = Recorder()
     with monkeypatch.context() as patch:
-        patch.setattr("luthier_trainer.data.tokens.conversion._monotonic", lambda: next(clock) * 0.3)
+        patch.setattr("luthier_trainer.data.tokens.conversion._monotonic", lambda: next(clock) * 0.001)
         load_from(source, tokenizer, tmp_path, recorder=recorder)
-    # A batch of 256 rows takes 0.3 s by this clock, so every second batch is told.
-    assert recorder.completed() == [512, 1024, 1536, 2000, 2000]
+    # By this clock a row takes a millisecond, so that 2,000 rows are told of four times, and once more at the end.
+    told = recorder.completed()
+    assert told == sorted(told)
+    assert (len(told), told[-1]) == (5, 2000)
     (last,) = {p.total for p in recorder.payloads if isinstance(p, event_pb2.PhaseProgressed)}
     assert last == 2000
     again = Recorder()
@@ -259,7 +270,9 @@ def test_a_dataset_that_trains_nothing_at_all_is_refused(tmp_path: Path, tokeniz
         assert rows.report.statistics.examples == rows.report.statistics.tokens == 0
 
 
-def test_all_wrong_rows_are_in_the_report_and_ten_in_the_error(tmp_path: Path, tokenizer: Any) -> None:
+def test_all_wrong_rows_are_in_the_report_and_grouped_by_their_message_in_the_error(
+    tmp_path: Path, tokenizer: Any
+) -> None:
     source = source_of(tmp_path / "rows.jsonl", chats(600))
     with open(source.path, "a") as file:
         file.write("{}\n" + "not json\n" * 20)
@@ -268,10 +281,39 @@ def test_all_wrong_rows_are_in_the_report_and_ten_in_the_error(tmp_path: Path, t
         errors = [each for each in rows.report.findings if each.level == dataset_report_pb2.FINDING_LEVEL_ERROR]
         assert [each.line for each in errors] == list(range(601, 622))
         assert rows.report.statistics.examples == 600
-        with pytest.raises(TrainingError, match="21 errors, the first of them: line 601: ") as caught:
+        assert rows.report.statistics.rows == 621
+        assert sum(each.rows for each in rows.report.statistics.lengths) == 600
+        with pytest.raises(TrainingError) as caught:
             require_trainable(rows, Recorder())
         assert caught.value.reason == "DATASET_INVALID"
-        assert caught.value.message.count("line 6") == 10
+        assert caught.value.message.startswith("line 601: ")
+        assert "; 20 rows (lines 602, 603, 604, 605, 606, 607, 608, 609, 610, 611, ...): " in caught.value.message
+        assert caught.value.message.count(errors[1].message) == 1
+        assert "`luthier dataset doctor DATASET --base-model MODEL`" in caught.value.hint
+
+
+def test_an_error_names_three_messages_at_most_and_how_many_errors_there_are() -> None:
+    tally = Tally()
+    for line in range(1, 9):
+        tally.findings.add(line, Problem("NOT_JSON", f"It is wrong in way {line % 4}.", "Mend it."))
+    report = tally.report()
+    report.dataset_id, report.base_model = "ds_1", "builtin/tiny"
+    said, hint = first_errors(report)
+    assert said == (
+        "8 errors, the first of them: 2 rows (lines 1, 5): It is wrong in way 1.; 2 rows (lines 2, 6): It is wrong in"
+        " way 2.; 2 rows (lines 3, 7): It is wrong in way 3."
+    )
+    assert hint == "Mend it. `luthier dataset doctor ds_1 --base-model builtin/tiny` lists everything that was found."
+
+
+def test_rows_in_error_have_no_length() -> None:
+    tally = Tally()
+    tally.add_lengths(np.zeros(3, np.int64))
+    assert list(tally.report().statistics.lengths) == []
+    tally.add_lengths(np.array([0, 17, 32], np.int64))
+    statistics = tally.report().statistics
+    assert statistics.rows == 6
+    assert [(each.up_to, each.rows) for each in statistics.lengths] == [(32, 2)]
 
 
 def test_rows_that_the_template_refuses_are_named_by_line(tmp_path: Path, tokenizer: Any) -> None:
@@ -369,7 +411,7 @@ def test_rows_of_the_validation_data_that_are_trained_on_are_found(tmp_path: Pat
     training = load_from(source_of(tmp_path / "a.jsonl", conversations), tokenizer, tmp_path)
     held = [*fresh, conversations[31], *other]
     validation = load_from(source_of(tmp_path / "b.jsonl", held, "cd" * 32), tokenizer, tmp_path)
-    leaks = [(line, problem.code, problem.message) for line, problem in leakage(training, validation)]
+    leaks = [(line, problem.code, problem.message) for line, problem in leakage(whole(training), whole(validation))]
     assert leaks == [
         (2, "LEAKAGE", "Validation line 2 is training line 32 too."),
         (3, "SAME_PROMPT_LEAKAGE", "Validation line 3 has the same prompt as training line 8, with another answer."),
@@ -379,7 +421,31 @@ def test_rows_of_the_validation_data_that_are_trained_on_are_found(tmp_path: Pat
 def test_texts_without_a_prompt_do_not_leak_by_an_empty_one(tmp_path: Path, tokenizer: Any) -> None:
     training = load_from(write(tmp_path / "a.jsonl", [{"text": "One."}, {"text": "Two."}]), tokenizer, tmp_path)
     validation = load_from(write(tmp_path / "b.jsonl", [{"text": "Three."}], "cd" * 32), tokenizer, tmp_path)
-    assert list(leakage(training, validation)) == []
+    assert list(leakage(whole(training), whole(validation))) == []
+
+
+def test_a_row_that_the_template_takes_too_long_for_is_named(
+    tmp_path: Path, tokenizer: Any, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(sandbox, "MAX_SECONDS", 0.2)
+    endless = "{% for i in range(99999) %}{% for j in range(99999) %}{% endfor %}{% endfor %}"
+    tokenizer.chat_template = (
+        "{% if 'slow' in messages[0].content %}" + endless + "{% endif %}" + tokenizer.chat_template
+    )
+    conversations = chats(2)
+    conversations[1][0]["content"] = "slow"
+    with pytest.raises(TrainingError, match=r"TEMPLATE_TOO_SLOW: Line 2: The chat template works") as caught:
+        load_from(source_of(tmp_path / "rows.jsonl", conversations), tokenizer, tmp_path)
+    assert caught.value.reason == "TEMPLATE_TOO_SLOW"
+
+
+def test_another_jinja_makes_the_rows_anew(tmp_path: Path, tokenizer: Any, monkeypatch: pytest.MonkeyPatch) -> None:
+    source = source_of(tmp_path / "rows.jsonl", chats(1))
+    options = Options(64, Overlong.TRUNCATE, Masking())
+    key = tokenised.cache_key(source, tokenizer, template_of(tokenizer), options)
+    assert tokenised.cache_key(source, tokenizer, template_of(tokenizer), options) == key
+    monkeypatch.setattr(jinja2, "__version__", "0")
+    assert tokenised.cache_key(source, tokenizer, template_of(tokenizer), options) != key
 
 
 def test_the_alpaca_sample_trains_its_outputs(tmp_path: Path, tokenizer: Any) -> None:

@@ -23,8 +23,10 @@ rows as asked for.
 import hashlib
 import json
 import os
+import posixpath
 import sys
 import tempfile
+import unicodedata
 from array import array
 from base64 import b64encode
 from collections.abc import Callable, Iterator, Mapping, Sequence
@@ -51,6 +53,9 @@ from luthier_trainer.data.records import Record, images
 from luthier_trainer.data.selection import smallest, smallest_groups
 
 ROWS_NAME = "rows.jsonl"
+# Where the rows lie, for each step that the name of an image leads up from them.
+_FOLDER = "rows"
+_MOST_STEPS = 16
 _CHUNK = 1024 * 1024
 _TIME = (1980, 1, 1, 0, 0, 0)
 
@@ -128,7 +133,8 @@ class Output:
         self._sources = sources
         self._stack = ExitStack()
         self._open: dict[int, RowFile] = {}
-        self._images: dict[str, set[int]] = {}
+        # By the normalised name, as several spellings may mean one image: a spelling for each source that has it.
+        self._images: dict[str, dict[int, str]] = {}
 
     def __enter__(self) -> Self:
         self._file = self._stack.enter_context(open(self.path, "xb", buffering=_CHUNK))
@@ -156,17 +162,18 @@ class Output:
         os.fsync(self._file.fileno())
 
     def _refer(self, name: str, item: Item) -> None:
-        known = self._images.setdefault(name, set())
+        known = self._images.setdefault(_normalised(name), {})
         if item.source in known:
             return
         if not self._rows(item.source).has_image(name):
             raise Refused(f"The image {json.dumps(name)} of line {item.line} is not in the dataset.")
-        if known and self._image(name, min(known)) != self._image(name, item.source):
+        if known and self._image(known) != self._rows(item.source).image(name):
             raise Refused(f"Two of the datasets have different images named {json.dumps(name)}. Rename one of them.")
-        known.add(item.source)
+        known[item.source] = name
 
-    def _image(self, name: str, source: int) -> bytes:
-        return self._rows(source).image(name)
+    def _image(self, spellings: Mapping[int, str]) -> bytes:
+        source = min(spellings)
+        return self._rows(source).image(spellings[source])
 
     def _rows(self, source: int) -> RowFile:
         if source not in self._open:
@@ -176,20 +183,50 @@ class Output:
 
     def _archive(self) -> None:
         """Puts the rows into an archive with the images; nothing in it depends on when or where it was made."""
-        if ROWS_NAME in self._images:
-            raise Refused(f"An image of the dataset is named {ROWS_NAME}, as the file of rows would be. Rename it.")
+        folder, members = self._members()
         self._file.close()
         plain = self.path.with_name(f"{self.path.name}.rows")
         self.path.rename(plain)
         self._file = self._stack.enter_context(open(self.path, "xb"))  # noqa: SIM115
         with ZipFile(self._file, "w", ZIP_STORED) as archive:
-            with archive.open(ZipInfo(ROWS_NAME, _TIME), "w", force_zip64=True) as member, open(plain, "rb") as rows:
+            with (
+                archive.open(ZipInfo(posixpath.join(folder, ROWS_NAME), _TIME), "w", force_zip64=True) as member,
+                open(plain, "rb") as rows,
+            ):
                 while chunk := rows.read(_CHUNK):
                     member.write(chunk)
-            for name in sorted(self._images):
-                archive.writestr(ZipInfo(name, _TIME), self._image(name, min(self._images[name])))
+            for name, spellings in sorted(members.items()):
+                archive.writestr(ZipInfo(name, _TIME), self._image(spellings))
         plain.unlink()
         self.reading = Reading(FileFormat.ZIP)
+
+    def _members(self) -> tuple[str, dict[str, Mapping[int, str]]]:
+        """The folder of the rows, and each image by its name in the archive. Rows stay as they are, so names that lead
+        up from them need a folder that they can lead out of. Raises Refused for names that cannot stay."""
+        steps = max(_steps_up(name) for name in self._images)
+        if steps > _MOST_STEPS:
+            raise Refused(f"An image's name leads up more than {_MOST_STEPS} folders. Write a shorter one.")
+        folder = "/".join([_FOLDER] * steps)
+        members: dict[str, Mapping[int, str]] = {}
+        for name, spellings in self._images.items():
+            member = posixpath.normpath(posixpath.join(folder, name))
+            if member == posixpath.join(folder, ROWS_NAME):
+                raise Refused(f"An image of the dataset is named {ROWS_NAME}, as the file of rows would be. Rename it.")
+            if member[1:2] == ":":
+                raise Refused(f"The image {json.dumps(name)} has the name of a drive. Rename its folder.")
+            if member in members and self._image(members[member]) != self._image(spellings):
+                raise Refused(f"Two images would both be named {json.dumps(member)}. Rename one of them.")
+            members[member] = spellings
+        return folder, members
+
+
+def _normalised(name: str) -> str:
+    """The same for all names of one image, as the reader of archives understands them."""
+    return unicodedata.normalize("NFC", posixpath.normpath(name.replace("\\", "/")))
+
+
+def _steps_up(name: str) -> int:
+    return name.split("/").count("..")
 
 
 def _written(path: Path, sources: Sequence[Source], take: Callable[[Item], bool]) -> Output:

@@ -496,7 +496,7 @@ class PreviewDatasetResponse(google.protobuf.message.Message):
     """How it is known which tokens are trained, as in TokenReport."""
     @property
     def rows(self) -> google.protobuf.internal.containers.RepeatedCompositeFieldContainer[Global___PreviewRow]:
-        """The rows, in the order of the file."""
+        """The rows, in the order of the file; fewer than were asked for when they are more than about 3 MiB (`PREVIEW_CUT`)."""
 
     def __init__(
         self,

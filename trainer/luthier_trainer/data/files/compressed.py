@@ -16,7 +16,7 @@ if TYPE_CHECKING:
     from _typeshed import WriteableBuffer
 
 MAX_UNPACKED_BYTES = 64 * 1024**3
-RATIO = 200
+RATIO = 50
 RATIO_FROM = 64 * 1024**2
 ROW_BYTES = 256
 """What a row of a compressed file counts at least: each costs its time, however short it is."""

@@ -44,7 +44,11 @@ def fix(row: Mapping[str, object], otherwise: str = "") -> str:
     for field in _FIELDS:
         if field not in row and (near := difflib.get_close_matches(field, first, 1, 0.75)):
             name = names[near[0]]
-            return f"Did you mean {shown(field)} by {shown(name)}? Then say --column {shlex.quote(f'{field}={name}')}"
+            # The row no longer tells whether this name stands in the file or a mapping has given it.
+            return (
+                f"Did you mean {shown(field)} by {shown(name)}? Then say --column {shlex.quote(f'{field}={name}')}"
+                f" or, where a --column has made it {shown(name)} (no field of any format), make that {shown(field)}"
+            )
     return otherwise or "Say which columns they are, such as --column prompt=COLUMN --column completion=COLUMN"
 
 

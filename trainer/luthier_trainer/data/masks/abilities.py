@@ -4,7 +4,9 @@ from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from typing import Any
 
-_ONE, _TWO, _THREE = "Zqx7vLuthierKw", "Hjw3gMarkerYz", "Bnk5tSignRq"
+from luthier_trainer.data.masks.markers import MARKERS
+
+_ONE, _TWO, _THREE = MARKERS[:3]
 
 Write = Callable[[Sequence[Any], Sequence[Any]], str | None]
 

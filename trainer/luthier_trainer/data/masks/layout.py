@@ -8,10 +8,10 @@ made of the row; so nothing of it is taken on trust. Templates and rows that do 
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 
+from luthier_trainer.data.masks.markers import MARKERS
 from luthier_trainer.data.masks.sandbox import Span
 from luthier_trainer.data.records import Message
 
-_MARKERS = ("Zqx7vLuthierKw", "Hjw3gMarkerYz", "Bnk5tSignRq", "Wpd2cTokenVf", "Xmt9sLabelGh")
 _SHAPES = (("user", "assistant"), ("user", "assistant") * 2)
 
 # The text of a conversation, with the generation prompt or without; None where the template refuses it.
@@ -104,7 +104,7 @@ def _learn_shape(
 ) -> bool:
     """Adds what one shape of conversation shows; False where it shows something else than what was known."""
     turns: list[Message] = [
-        {"role": role, "content": marker} for role, marker in zip(shape, _MARKERS[: len(shape)], strict=True)
+        {"role": role, "content": marker} for role, marker in zip(shape, MARKERS[: len(shape)], strict=True)
     ]
     text = write(turns, False)
     if text is None:
@@ -123,17 +123,17 @@ def _learn_shape(
             if asked is None:
                 return False
             prompts.add(asked.rpartition(str(turns[number - 1]["content"]))[2])
-    return not any(marker in text for marker in _MARKERS)
+    return not any(marker in text for marker in MARKERS)
 
 
 def _drops_system(write: Write) -> bool:
     turns: list[Message] = [{"role": "user", "content": "Hi"}, {"role": "assistant", "content": "Yes"}]
-    return write([{"role": "system", "content": _MARKERS[0]}, *turns], False) == write(turns, False)
+    return write([{"role": "system", "content": MARKERS[0]}, *turns], False) == write(turns, False)
 
 
 def _strips(role: str, write: Write) -> bool:
     turns: list[Message] = [{"role": "user", "content": "Hi"}, {"role": "assistant", "content": "Yes"}]
-    marked: Message = {"role": role, "content": f" \n{_MARKERS[0]} \n"}
+    marked: Message = {"role": role, "content": f" \n{MARKERS[0]} \n"}
     turns = [marked, *turns] if role == "system" else [marked if turn["role"] == role else turn for turn in turns]
     text = write(turns, False)
     return text is not None and str(marked["content"]) not in text

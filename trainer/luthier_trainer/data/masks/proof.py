@@ -2,7 +2,8 @@
 
 The spans come from the first of
 
-1. `{% generation %}` blocks in the template, as transformers marks them;
+1. `{% generation %}` blocks in the template, as transformers marks them; where a turn is to be left out, only if they
+   are shown to be one a turn;
 2. prefixes: the text of the turns before with the generation prompt must be a prefix of the text up to the turn, and
    that of the whole text; the turn is what lies between. For plain conversations the fixed text between contents is
    learned in this way, and found again in each row (`layout`);
@@ -19,12 +20,12 @@ from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any
 
+from luthier_trainer.data.masks.markers import MARKERS
 from luthier_trainer.data.masks.sandbox import Span
 from luthier_trainer.data.masks.template import RowRefused, Template
 from luthier_trainer.data.records import Conversation, plain
 from luthier_trainer.errors import TrainingError
 
-_MARKERS = ("Zqx7vLuthierKw", "Hjw3gMarkerYz")
 _SPACE = re.compile(r"\s*")
 
 Tools = Sequence[Mapping[str, Any]]
@@ -53,7 +54,7 @@ def answers(
         marked = [block for block in blocks if block[0] < block[1]]
         if not marked:
             raise _unsupported("its {% generation %} block marks nothing in a conversation with an assistant turn")
-        if len(marked) == len(turns) or not each:
+        if not each or _one_a_turn(conversation, turns, tools, text, marked, template):
             spans = tuple(_through_turn_end(text, span, template, cut=False) for span in marked)
             return Answers(spans, "generation blocks", len(marked) == len(turns))
     elif not tools and (known := template.layout) is not None:
@@ -86,6 +87,39 @@ def _unsupported(why: str) -> TrainingError:
     )
 
 
+def _one_a_turn(
+    conversation: Conversation,
+    turns: Sequence[int],
+    tools: Tools,
+    text: str,
+    blocks: Sequence[Span],
+    template: Template,
+) -> bool:
+    """Whether each turn has one block: their number alone does not tell, as one turn may have two and another none."""
+    if len(blocks) != len(turns):
+        return False
+    if len(turns) == 1 or template.name:  # Luthier's own are written so
+        return True
+    known = None if tools else template.layout
+    placed = None if known is None else known.place(conversation, text)
+    if placed is not None:
+        contents = [
+            span for span, turn in zip(placed.contents, conversation, strict=True) if turn["role"] == "assistant"
+        ]
+        return all(
+            content is not None and block[0] <= content[0] and content[1] <= block[1]
+            for block, content in zip(blocks, contents, strict=True)
+        )
+    for number, index in enumerate(turns[:-1], 1):
+        try:
+            _, found = template.render(conversation[: index + 1], tools=tools)
+        except RowRefused:
+            return False
+        if found is None or sum(start < end for start, end in found) != number:
+            return False
+    return True
+
+
 def _by_prefix(
     conversation: Conversation, turns: Sequence[int], tools: Tools, text: str, template: Template
 ) -> list[Span] | None:
@@ -108,11 +142,11 @@ def _by_marker(
     """A span for each turn, or None where something else than the turn itself depends on the turn's content."""
     spans = []
     for index in turns:
-        first, second = (_rendered(template, _replaced(conversation, index, marker), tools) for marker in _MARKERS)
+        first, second = (_rendered(template, _replaced(conversation, index, marker), tools) for marker in MARKERS[:2])
         if first is None or second is None:
             return None
-        head, *tails = first.split(_MARKERS[0])
-        if len(tails) != 1 or second != head + _MARKERS[1] + tails[0]:
+        head, *tails = first.split(MARKERS[0])
+        if len(tails) != 1 or second != head + MARKERS[1] + tails[0]:
             return None
         at = _turn_start(conversation[:index], tools, head, tails[0], template)
         end = len(text) - len(tails[0])

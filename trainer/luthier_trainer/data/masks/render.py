@@ -23,6 +23,8 @@ from luthier_trainer.data.records import Message
 __all__ = [
     "Example",
     "Rendered",
+    "encode",
+    "examples_of",
     "problems",
     "prompt_ids",
     "render",
@@ -34,15 +36,19 @@ __all__ = [
 if TYPE_CHECKING:
     from transformers import PreTrainedTokenizerBase
 
+# Roles whose text is none of the model's.
+_OTHERS = frozenset({"system", "user", "tool"})
+
 
 @dataclass(frozen=True, slots=True, eq=False)
 class Example:
     """One tokenised passage. input_ids: int32 [tokens]; trained: bool [tokens], the tokens that the loss counts as
-    targets."""
+    targets; across: how many of these begin before the text that is trained."""
 
     input_ids: npt.NDArray[np.int32]
     trained: npt.NDArray[np.bool_]
     _encoding: Any = None
+    across: int = 0
 
     @property
     def offsets(self) -> npt.NDArray[np.int32]:
@@ -71,11 +77,21 @@ def prompt_ids(tokenizer: "PreTrainedTokenizerBase", template: Template, prompt:
 
 def tokenise(rendered: Sequence[Rendered], tokenizer: "PreTrainedTokenizerBase") -> list[Example]:
     """Tokenises rendered passages in one call, uncut."""
+    return examples_of(rendered, encode(rendered, tokenizer))
+
+
+def encode(rendered: Sequence[Rendered], tokenizer: "PreTrainedTokenizerBase") -> list[Any]:
+    """What the tokenizer makes of the texts, for `examples_of`. Python may go on meanwhile, in another thread."""
     backend = tokenizer.backend_tokenizer
     # What a tokenizer's file may ask for, and what earlier calls left behind.
     backend.no_truncation()
     backend.no_padding()
-    encodings = backend.encode_batch([row.text for row in rendered], add_special_tokens=False)
+    encodings: list[Any] = backend.encode_batch([row.text for row in rendered], add_special_tokens=False)
+    return encodings
+
+
+def examples_of(rendered: Sequence[Rendered], encodings: Sequence[Any]) -> list[Example]:
+    """The passages as tokens."""
     return [_example(encoding, row.spans) for encoding, row in zip(encodings, rendered, strict=True)]
 
 
@@ -85,12 +101,14 @@ def _example(encoding: Any, spans: tuple[Span, ...]) -> Example:
     ids = np.array(encoding.ids, dtype=np.int32)
     trained = np.zeros(len(ids), dtype=np.bool_)
     numbers = range(len(ids))
+    across = 0
     place = encoding.token_to_chars  # each offset by itself: a list of all of them takes longer to make than to search
     for start, end in spans:
         first = bisect_right(numbers, start, key=lambda number: place(number)[1])
         after = bisect_left(numbers, end, first, key=lambda number: place(number)[0])
         trained[first:after] = True
-    return Example(ids, trained, encoding)
+        across += first < after and place(first)[0] < start
+    return Example(ids, trained, encoding, across)
 
 
 def problems(rendered: Rendered, example: Example, template: Template) -> list[Problem]:
@@ -111,9 +129,21 @@ def problems(rendered: Rendered, example: Example, template: Template) -> list[P
         message = f"The chat template leaves out, or rewrites, the content of a {role} turn of this row."
         fix = "See the preview, and take another chat template if the turn matters."
         found.append(Problem("TURN_NOT_RENDERED", message, fix, Level.WARNING))
+    found += _control_tokens(rendered, template)
     if rendered.method or rendered.spans:
         found += _problems_of_training(example, rendered)
     return found
+
+
+def _control_tokens(rendered: Rendered, template: Template) -> list[Problem]:
+    """Of what others write and the model answers. What an assistant says is the model's to write, with its tokens for
+    thoughts and calls; and raw text has them on purpose."""
+    for start, end, role in rendered.roles:
+        if role in _OTHERS and (token := template.special.search(rendered.text, start, end)):
+            message = f"The text of a {role} turn contains {token[0]}, which the model sees as a token of control."
+            fix = "Take it out, or write it otherwise: it ends a turn, or begins one, where there is none."
+            return [Problem("CONTROL_TOKEN_IN_TEXT", message, fix, Level.WARNING)]
+    return []
 
 
 def _problems_of_training(example: Example, rendered: Rendered) -> list[Problem]:
@@ -126,4 +156,8 @@ def _problems_of_training(example: Example, rendered: Rendered) -> list[Problem]
         message = "An answer is trained without a token that ends it, so the model may not learn when to stop."
         fix = "Take a chat template that ends turns with a token of the tokenizer, inside its {% generation %} block."
         return [Problem("END_OF_TURN_NOT_TRAINED", message, fix, Level.WARNING)]
+    if example.across:
+        message = "The first token of an answer begins in the prompt, so the model cannot write it behind a prompt."
+        fix = "Let answers not begin with what joins with the end of the prompt, as a space or a new line."
+        return [Problem("TOKEN_ACROSS_PROMPT", message, fix, Level.NOTE)]
     return []

@@ -27,12 +27,14 @@ from jinja2.parser import Parser
 from jinja2.runtime import Context
 from jinja2.sandbox import ImmutableSandboxedEnvironment
 
+from luthier_trainer.data.masks.thread_timer import ThreadTimer
 from luthier_trainer.errors import TrainingError
 
 MAX_SOURCE = 512 * 1024
 MAX_CHARACTERS = 256 * 1024 * 1024
 MAX_TEXT = 16 * 1024 * 1024
 MAX_SECONDS = 3.0
+STUCK_SECONDS = 10.0
 
 Span = tuple[int, int]
 
@@ -47,6 +49,8 @@ _WIDE = re.compile(r"%[^a-zA-Z%]*(?:\d{5}|\*)")
 _MAX_BITS = 4096
 # What an item of a list counts for, in characters.
 _ITEM = 16
+# A timer rings up to this many seconds early.
+_SOON = 0.01
 
 
 class _TooMuchError(Exception):
@@ -54,7 +58,11 @@ class _TooMuchError(Exception):
 
 
 class _TooSlowError(BaseException):
-    """More time than MAX_SECONDS. No Exception, so that nothing on the way takes it for one of the template's."""
+    """A fence's time is up. No Exception, so that nothing on the way takes it for one of the template's."""
+
+    def __init__(self, ends: float) -> None:
+        super().__init__(ends)
+        self.ends = ends
 
 
 class Compiled:
@@ -330,47 +338,84 @@ def _replaced_size(text: str, old: Any = "", new: Any = "", *_: Any) -> int:
     return len(text) + text.count(str(old)) * len(str(new))
 
 
+def end_process_when_stuck() -> None:
+    """From now on a rendering, or a compilation, that is in C code and hears no signal ends the process with SIGPROF
+    when the main thread has worked on it for STUCK_SECONDS: comparing two values that are made of each other takes no
+    memory and never ends. To be called in the main thread of a process whose work is all that would be lost."""
+    signal.signal(signal.SIGPROF, signal.SIG_DFL)
+    signal.pthread_sigmask(signal.SIG_UNBLOCK, {signal.SIGPROF})
+    _Clock.killer = ThreadTimer(signal.SIGPROF)
+
+
 @contextmanager
 def fence() -> Iterator[None]:
-    """Ends its body when it makes too much or takes too long: one rendering, or, around several, all that is done for a
-    row. Raises TrainingError TEMPLATE_TOO_LARGE or TEMPLATE_TOO_SLOW."""
+    """Ends its body, one rendering, when it makes too much or takes too long. Raises TrainingError TEMPLATE_TOO_LARGE
+    or TEMPLATE_TOO_SLOW."""
+    with _fence(MAX_SECONDS, "on one row"):
+        if _Clock.ends:
+            _keep_alive()
+        yield
+
+
+@contextmanager
+def row_fence(turns: int) -> Iterator[None]:
+    """The same around all the renderings that are made of one row: it may take longer the more turns it has, up to ten
+    times as long, as each may be proven by renderings of its own."""
+    with _fence(MAX_SECONDS * min(1 + turns / 20, 10), f"on one row of {turns:,} turns"):
+        yield
+
+
+@contextmanager
+def _fence(seconds: float, what: str) -> Iterator[None]:
+    ends = time.thread_time() + seconds
     try:
-        with _deadline():
+        with _deadline(ends):
             yield
     except (_TooMuchError, MemoryError):
         message = "The chat template makes more text of one row than there is room for."
         raise TrainingError("TEMPLATE_TOO_LARGE", message, "Take out of it what multiplies text.") from None
-    except _TooSlowError:
-        message = f"The chat template works on one row for more than {MAX_SECONDS:g} seconds."
+    except _TooSlowError as error:
+        if error.ends != ends:
+            raise  # the time of a fence around this one is up
+        message = f"The chat template works {what} for more than {seconds:g} seconds."
         hint = "Take loops out of it, or make the row shorter."
         raise TrainingError("TEMPLATE_TOO_SLOW", message, hint) from None
 
 
 @contextmanager
-def _deadline() -> Iterator[None]:
-    """Ends its body after MAX_SECONDS of this thread's own time: a machine that sleeps or is busy is not the template's
+def _deadline(ends: float) -> Iterator[None]:
+    """Ends its body when this thread's own time is `ends`: a machine that sleeps or is busy is not the template's
     doing. Only in the main thread, where signals arrive, and where nobody else uses this one."""
     if not _armed():
         yield
         return
-    _Clock.started = time.thread_time()
-    signal.setitimer(signal.ITIMER_VIRTUAL, MAX_SECONDS)
+    around = len(_Clock.ends)
     try:
+        _Clock.ends.append(ends)
+        if not around:
+            _set_alarm()
         yield
     finally:
-        _Clock.started = None
-        signal.setitimer(signal.ITIMER_VIRTUAL, 0)
+        del _Clock.ends[around:]
+        if not around:
+            signal.setitimer(signal.ITIMER_VIRTUAL, 0)
+            if _Clock.killer is not None and _Clock.kept_alive is not None:
+                _Clock.killer.set(0)
+                _Clock.kept_alive = None
 
 
 class _Clock:
-    """started: when the main thread's rendering began, in seconds of the thread's time; ours: whether the signal is."""
+    """ends: of the fences that the main thread is in, the outermost first, in seconds of the thread's time; ours:
+    whether the signal is; killer: what ends the process when the signal is not heard; kept_alive: when that was set."""
 
-    started: float | None = None
+    ends: list[float] = []  # noqa: RUF012 - there is one clock
     ours = False
+    killer: ThreadTimer | None = None
+    kept_alive: float | None = None
 
 
 def _armed() -> bool:
-    if threading.current_thread() is not threading.main_thread() or _Clock.started is not None:
+    if threading.current_thread() is not threading.main_thread():
         return False
     if not _Clock.ours and signal.getsignal(signal.SIGVTALRM) is signal.SIG_DFL:
         signal.signal(signal.SIGVTALRM, _ring)
@@ -378,11 +423,27 @@ def _armed() -> bool:
     return _Clock.ours
 
 
+def _set_alarm() -> None:
+    """Not later than MAX_SECONDS from now: then it is in time for any fence within, and those need not set it anew."""
+    left = min(min(_Clock.ends) - time.thread_time(), MAX_SECONDS)
+    signal.setitimer(signal.ITIMER_VIRTUAL, max(left, _SOON))
+
+
+def _keep_alive() -> None:
+    """Gives the rendering that begins now at least STUCK_SECONDS - 1 until the process is ended: the timer is set anew
+    each second, as it costs more than many a rendering."""
+    if _Clock.killer is None:
+        return
+    now = time.thread_time()
+    if _Clock.kept_alive is None or now - _Clock.kept_alive > 1:
+        _Clock.kept_alive = now
+        _Clock.killer.set(STUCK_SECONDS)
+
+
 def _ring(*_: object) -> None:
     """The timer counts all threads of the process: when others spent it, this one gets the rest."""
-    if _Clock.started is None:
+    if not _Clock.ends:
         return
-    left = MAX_SECONDS - (time.thread_time() - _Clock.started)
-    if left <= 0.01:
-        raise _TooSlowError
-    signal.setitimer(signal.ITIMER_VIRTUAL, left)
+    if min(_Clock.ends) - time.thread_time() <= _SOON:
+        raise _TooSlowError(min(_Clock.ends))
+    _set_alarm()

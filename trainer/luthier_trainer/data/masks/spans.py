@@ -17,7 +17,7 @@ from typing import TYPE_CHECKING
 
 from luthier_trainer.data.masks.masking import Masking, TrainOn
 from luthier_trainer.data.masks.proof import answers
-from luthier_trainer.data.masks.sandbox import Span, fence
+from luthier_trainer.data.masks.sandbox import Span, row_fence
 from luthier_trainer.data.masks.template import RowRefused, Template, TextFrame, text_frame
 from luthier_trainer.data.problem import Problem
 from luthier_trainer.data.records import Conversation, Message, Passage, plain
@@ -63,7 +63,7 @@ def render(passage: Passage, template: Template, masking: Masking = _ASSISTANT) 
     """
     if passage.messages is None:
         return _framed(passage.text or "", template.frame)
-    with fence():
+    with row_fence(len(passage.messages)):
         return _of_conversation(passage, passage.messages, template, masking)
 
 

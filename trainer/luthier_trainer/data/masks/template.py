@@ -44,6 +44,8 @@ _TURN_ENDS = (
     "<eos>",
 )
 
+_NOTHING = re.compile(r"(?!)")
+
 
 class RowRefused(TrainingError):
     """A row that cannot be rendered or masked; others may be fine. reason: DATASET_INVALID; problem: for a finding."""
@@ -73,7 +75,8 @@ class Template:
     ends: the tokens that end a turn, and turn_end, which matches one of them; control: matches any token that stands
     for itself in a text; frame: what stands around raw text; start_id and unknown_id: of the tokens that start a text
     and that stand for what the tokenizer does not know, if there are such; name: of one that Luthier brings; needs:
-    the tokens that the tokenizer lacks for what else that one can write (`tools`, `images`).
+    the tokens that the tokenizer lacks for what else that one can write (`tools`, `images`); special: matches any token
+    that only a template should write.
     """
 
     source: str
@@ -86,6 +89,7 @@ class Template:
     unknown_id: int | None = None
     name: str = ""
     needs: Mapping[str, tuple[str, ...]] = field(default_factory=dict)
+    special: re.Pattern[str] = _NOTHING
 
     @cached_property
     def _compiled(self) -> sandbox.Compiled:
@@ -181,11 +185,17 @@ class Template:
                 message = (
                     f"The chat template {self.name} writes {feature} with tokens that the tokenizer lacks: {tokens}."
                 )
-                raise RowRefused(Problem(f"{feature.upper()}_NOT_SUPPORTED", message, "Use the model's own template."))
+                fix = _IMAGES_FIX if feature == "images" else "Use the model's own template."
+                raise RowRefused(Problem(f"{feature.upper()}_NOT_SUPPORTED", message, fix))
+
+
+_IMAGES_FIX = "Leave the images out of the rows: training on images is not offered yet."
 
 
 def _lost(code: str, what: str) -> RowRefused:
     message = f"The chat template has no place for {what} of this row, so the model would never see them."
+    if what == "images":
+        return RowRefused(Problem(code, message, _IMAGES_FIX))
     fix = f"Take a chat template that writes {what} (qwen does), or take them out of the rows."
     return RowRefused(Problem(code, message, fix))
 
@@ -232,7 +242,21 @@ def template_of(
         unknown = None  # it has a meaning of its own, as GPT-2's has
     frame = text_frame(tokenizer)
     sandbox.compiled(source)
-    return Template(source, variables, ends, _any_of(ends), _any_of(added), frame, start, unknown, name, needs)
+    # Not tags of thoughts and calls, or runs of spaces: those are for anybody to write.
+    special = {token.content for token in tokenizer.added_tokens_decoder.values() if token.special}
+    return Template(
+        source,
+        variables,
+        ends,
+        _any_of(ends),
+        _any_of(added),
+        frame,
+        start,
+        unknown,
+        name,
+        needs,
+        _any_of(token for token in {*special, *ends} if token.strip()),
+    )
 
 
 def _missing(why: str = "its tokenizer has no chat template") -> TrainingError:
@@ -283,4 +307,4 @@ def _named(name: str, added: Mapping[str, int]) -> tuple[str, dict[str, tuple[st
 
 def _any_of(tokens: Iterable[str]) -> re.Pattern[str]:
     longest_first = sorted(set(tokens), key=len, reverse=True)
-    return re.compile("|".join(re.escape(token) for token in longest_first) or r"(?!)")
+    return re.compile("|".join(re.escape(token) for token in longest_first)) if longest_first else _NOTHING

@@ -13,10 +13,11 @@ rows.arrow    one record a row that stands in the file, in its order:
 import hashlib
 from bisect import bisect_left
 from collections.abc import Iterator, Sequence
+from concurrent.futures import Future, ThreadPoolExecutor
 from dataclasses import dataclass, field
 from pathlib import Path
 from time import monotonic as _monotonic
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, Any
 
 import numpy as np
 import numpy.typing as npt
@@ -25,7 +26,7 @@ import pyarrow as pa
 from luthier.trainer.v1 import task_pb2
 from luthier.v1 import event_pb2
 from luthier_trainer.data.formats import records
-from luthier_trainer.data.masks.render import Example, problems, tokenise
+from luthier_trainer.data.masks.render import Example, encode, examples_of, problems
 from luthier_trainer.data.masks.spans import Rendered, render
 from luthier_trainer.data.masks.template import RowRefused, Template
 from luthier_trainer.data.problem import Level, Problem
@@ -34,6 +35,7 @@ from luthier_trainer.data.records import Passage, Record, images, passages
 from luthier_trainer.data.tokens.options import Options
 from luthier_trainer.data.tokens.overlong import Overlong, cut
 from luthier_trainer.data.tokens.report import Tally, too_long
+from luthier_trainer.errors import TrainingError
 from luthier_trainer.report import Reporter
 from luthier_trainer.stop import Check
 
@@ -93,14 +95,10 @@ def convert(
     place. Reports PhaseProgressed at most twice a second. Raises what `check` raises, which is called for each row, and
     TrainingError for what no row can be blamed for."""
     tally = Tally()
-    reported = _monotonic()
     with open(path, "wb") as file, pa.ipc.new_stream(file, SCHEMA) as writer:
-        for batch in _batches(source, template, options, tally, check):
-            for table in _tokenised(batch, tokenizer, template, options, tally):
+        for batch, encodings in _ahead(_batches(source, template, options, tally, reporter, check), tokenizer):
+            for table in _tokenised(batch, encodings, tokenizer, template, options, tally):
                 writer.write_batch(table)
-            if (now := _monotonic()) - reported >= _REPORT_SECONDS:
-                progress(reporter, tally.rows, source.rows)
-                reported = now
     return tally
 
 
@@ -112,12 +110,22 @@ def progress(reporter: Reporter, completed: int, total: int) -> None:
 
 
 def _batches(
-    source: task_pb2.DatasetSource, template: Template, options: Options, tally: Tally, check: Check
+    source: task_pb2.DatasetSource,
+    template: Template,
+    options: Options,
+    tally: Tally,
+    reporter: Reporter,
+    check: Check,
 ) -> Iterator[_Batch]:
     batch = _Batch()
+    told = _monotonic()
     with records(Path(source.path), Reading.from_proto(source.reading)) as found:
         for line, record, _ in found:
             check()
+            # By time and not by batch: rows of many turns may take a second each.
+            if (now := _monotonic()) - told >= _REPORT_SECONDS:
+                progress(reporter, tally.rows + len(batch.rows), source.rows)
+                told = now
             if isinstance(record, Problem):
                 tally.findings.add(line, record)
                 if record.level is not Level.ERROR or not line:
@@ -132,6 +140,26 @@ def _batches(
         yield batch
 
 
+def _ahead(
+    batches: Iterator[_Batch], tokenizer: "PreTrainedTokenizerBase"
+) -> Iterator[tuple[_Batch, "Future[list[Any]]"]]:
+    """Each batch with what the tokenizer makes of it, which it does while the next batch is rendered."""
+    thread = ThreadPoolExecutor(1, "tokenizer")
+    try:
+        before: tuple[_Batch, Future[list[Any]]] | None = None
+        for batch in batches:
+            texts = [text for row in batch.rows for text in row.rendered]
+            coming = batch, thread.submit(encode, texts, tokenizer)
+            if before is not None:
+                yield before
+            before = coming
+        if before is not None:
+            yield before
+    finally:
+        # Who stops in the middle waits for nothing.
+        thread.shutdown(wait=False, cancel_futures=True)
+
+
 def _rendered(line: int, record: Record, template: Template, options: Options, tally: Tally) -> _Row:
     tally.kinds[type(record).__name__.lower()] += 1
     parts = passages(record)
@@ -141,28 +169,35 @@ def _rendered(line: int, record: Record, template: Template, options: Options, t
     except RowRefused as refusal:
         tally.findings.add(line, refusal.problem)
         return _Row(line)
+    except TrainingError as error:
+        raise TrainingError(error.reason, f"Line {line}: {error.message}", error.hint) from error
     tally.methods.update(each.method for each in rendered if each.method)
     return _Row(line, parts, rendered)
 
 
 def _tokenised(
-    batch: _Batch, tokenizer: "PreTrainedTokenizerBase", template: Template, options: Options, tally: Tally
+    batch: _Batch,
+    encodings: "Future[list[Any]]",
+    tokenizer: "PreTrainedTokenizerBase",
+    template: Template,
+    options: Options,
+    tally: Tally,
 ) -> Iterator[pa.RecordBatch]:
     """The batch as it is written. A text that the tokenizer cannot take is a finding of its row."""
     try:
-        examples = iter(tokenise([text for row in batch.rows for text in row.rendered], tokenizer))
+        found = iter(examples_of([text for row in batch.rows for text in row.rendered], encodings.result()))
     except MemoryError:
         raise
     except Exception as error:  # a tokenizer raises what it likes
         if len(batch.rows) > 1:
-            for row in batch.rows:
-                yield from _tokenised(_Batch([row]), tokenizer, template, options, tally)
+            for alone, its in _ahead((_Batch([row]) for row in batch.rows), tokenizer):
+                yield from _tokenised(alone, its, tokenizer, template, options, tally)
             return
         line = " ".join(str(error).split())[:300] or type(error).__name__
         tally.findings.add(batch.rows[0].line, Problem("NOT_TOKENISED", f"The tokenizer refuses the row: {line}"))
         batch.rows[0].passages = batch.rows[0].rendered = ()
-        examples = iter(())
-    yield _packed(batch.rows, [[next(examples) for _ in row.rendered] for row in batch.rows], template, options, tally)
+        found = iter(())
+    yield _packed(batch.rows, [[next(found) for _ in row.rendered] for row in batch.rows], template, options, tally)
 
 
 def _packed(

@@ -6,27 +6,29 @@ import numpy as np
 import numpy.typing as npt
 
 from luthier_trainer.data.problem import Level, Problem
-from luthier_trainer.data.tokens.tokenised import TokenisedRows
+from luthier_trainer.data.tokens.parts import Part
 
 Hashes = npt.NDArray[np.uint64]
 
 
-def leakage(training: TokenisedRows, validation: TokenisedRows) -> Iterator[tuple[int, Problem]]:
+def leakage(training: Part, validation: Part) -> Iterator[tuple[int, Problem]]:
     """Yields (line of the validation rows, what it shares with a training row), in the order of the file.
 
     Rows are compared by the 64-bit hash of their rendered text, and those that differ by that of the text before the
     first trained token; 0 stands for none. A million rows take about a second.
     """
-    whole = _first_equal(validation.text_hashes, training.text_hashes)
-    prompt = _first_equal(validation.prompt_hashes, training.prompt_hashes)
+    held, kept = validation.indices, training.indices
+    whole = _first_equal(validation.rows.text_hashes[held], training.rows.text_hashes[kept])
+    prompt = _first_equal(validation.rows.prompt_hashes[held], training.rows.prompt_hashes[kept])
+    its_lines, lines = validation.rows.lines[held], training.rows.lines[kept]
     for index in np.flatnonzero((whole >= 0) | (prompt >= 0)).tolist():
-        line = int(validation.lines[index])
+        line = int(its_lines[index])
         if whole[index] >= 0:
-            other = int(training.lines[whole[index]])
+            other = int(lines[whole[index]])
             message = f"Validation line {line} is training line {other} too."
             yield line, Problem("LEAKAGE", message, "Take the row out of one of the two datasets.", Level.WARNING)
         else:
-            other = int(training.lines[prompt[index]])
+            other = int(lines[prompt[index]])
             message = f"Validation line {line} has the same prompt as training line {other}, with another answer."
             yield line, Problem("SAME_PROMPT_LEAKAGE", message, level=Level.NOTE)
 

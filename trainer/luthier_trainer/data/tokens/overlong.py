@@ -2,9 +2,6 @@
 
 from enum import StrEnum
 
-import numpy as np
-import numpy.typing as npt
-
 from luthier.v1 import tokenization_pb2
 
 Ranges = tuple[tuple[int, int], ...]
@@ -40,8 +37,3 @@ def cut(tokens: int, policy: Overlong, max_length: int) -> Ranges:
             return tuple((start, min(start + max_length, tokens)) for start in range(0, tokens, max_length))
         case Overlong.DROP | Overlong.ERROR:
             return ()
-
-
-def trained_ranges(ranges: Ranges, trained: npt.NDArray[np.bool_]) -> Ranges:
-    """Those ranges in which a token is a target: one that is trained and not the first of its range."""
-    return tuple((start, end) for start, end in ranges if trained[start + 1 : end].any())

@@ -14,6 +14,7 @@ from luthier_trainer.data.tokens.overlong import Overlong
 TEMPLATE = "template"
 _SHORTEST_BUCKET = 16
 _LINES_NAMED = 10
+_MESSAGES_NAMED = 3
 
 
 class Tally:
@@ -36,11 +37,13 @@ class Tally:
         self._buckets = np.zeros(64, np.int64)
 
     def add_lengths(self, lengths: npt.NDArray[np.int64]) -> None:
-        """Rows of these lengths in tokens, before anything is cut."""
+        """Rows of these lengths in tokens, before anything is cut. A row of none is in error: it is a row, and has no
+        length."""
         self.rows += len(lengths)
+        lengths = lengths[lengths > 0]
         if len(lengths):
             self.longest = max(self.longest, int(lengths.max()))
-            bits = np.ceil(np.log2(np.maximum(lengths, 1))).astype(np.int64)
+            bits = np.ceil(np.log2(lengths)).astype(np.int64)
             self._buckets += np.bincount(bits, minlength=len(self._buckets))
 
     def number_of(self, role: str) -> int:
@@ -81,11 +84,13 @@ class Tally:
         )
 
     def _lengths(self) -> list[dataset_report_pb2.LengthBucket]:
-        """Powers of two, from the shortest rows' (16 at least) to the longest's."""
+        """Powers of two, from the shortest rows' (16 at least) to the longest's; none when no row has a length."""
         first = _SHORTEST_BUCKET.bit_length() - 1
         counts = self._buckets[first:].copy()
         counts[0] += self._buckets[:first].sum()
-        filled = np.flatnonzero(counts).tolist() or [0]
+        filled = np.flatnonzero(counts).tolist()
+        if not filled:
+            return []
         return [
             dataset_report_pb2.LengthBucket(up_to=_SHORTEST_BUCKET << n, rows=int(counts[n]))
             for n in range(filled[0], filled[-1] + 1)
@@ -116,13 +121,29 @@ def errors(report: dataset_report_pb2.TokenReport) -> int:
 
 
 def first_errors(report: dataset_report_pb2.TokenReport) -> tuple[str, str]:
-    """The errors in a sentence, the first ten by line, and how many there are; and what to do about them."""
+    """The errors in a sentence, lines with the same message together, and how many there are; and what to do about
+    them."""
+    listed = [each for each in report.findings if each.level == dataset_report_pb2.FINDING_LEVEL_ERROR]
+    groups: dict[str, list[int]] = {}
+    for each in listed:
+        groups.setdefault(each.message, []).append(each.line)
+    said = "; ".join(f"{_places(lines)}{message}" for message, lines in list(groups.items())[:_MESSAGES_NAMED])
     count = errors(report)
-    named = [each for each in report.findings if each.level == dataset_report_pb2.FINDING_LEVEL_ERROR][:_LINES_NAMED]
-    lines = "; ".join(f"line {each.line}: {each.message}" if each.line else each.message for each in named)
-    fixes = {each.fix for each in named}
-    hint = fixes.pop() if len(fixes) == 1 else "Correct these rows; CheckDataset lists everything that was found."
-    return lines if count == 1 else f"{count:,} errors, the first of them: {lines}", hint
+    shown = sum(len(lines) for lines in list(groups.values())[:_MESSAGES_NAMED])
+    if count > shown:
+        said = f"{count:,} errors, the first of them: {said}"
+    fixes = {each.fix for each in listed if each.fix}
+    fix = fixes.pop() if len(fixes) == 1 else "Correct these rows."
+    command = f"luthier dataset doctor {report.dataset_id or 'DATASET'} --base-model {report.base_model or 'MODEL'}"
+    return said, fix if count == 1 else f"{fix} `{command}` lists everything that was found."
+
+
+def _places(lines: Sequence[int]) -> str:
+    """`line 3: ` or `12 rows (lines 1, 4, ...): `; nothing for what is wrong with the whole file."""
+    if len(lines) == 1:
+        return f"line {lines[0]}: " if lines[0] else ""
+    more = ", ..." if len(lines) > _LINES_NAMED else ""
+    return f"{len(lines):,} rows (lines {', '.join(str(line) for line in lines[:_LINES_NAMED])}{more}): "
 
 
 def warnings(report: dataset_report_pb2.TokenReport) -> list[str]:

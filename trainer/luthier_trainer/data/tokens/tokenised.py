@@ -16,6 +16,7 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import TYPE_CHECKING
 
+import jinja2
 import numpy as np
 import numpy.typing as npt
 import orjson
@@ -40,7 +41,7 @@ from luthier_trainer.stop import Check, never
 if TYPE_CHECKING:
     from transformers import PreTrainedTokenizerBase
 
-FORMAT_VERSION = 2
+FORMAT_VERSION = 3
 """Part of the key: count it up when the same inputs come to mean other tokens, other findings or another layout."""
 
 ROWS = "rows.arrow"
@@ -185,7 +186,7 @@ def require_trainable(rows: TokenisedRows, reporter: Reporter) -> None:
         raise TrainingError(
             "IMAGES_NOT_SUPPORTED",
             f"The dataset refers to {rows.counts.images:,} images, and training on images is not offered yet.",
-            "Leave the images out of the rows.",
+            "Leave the images out of the rows; no chat template changes this.",
         )
     if tokens_report.errors(rows.report):
         raise TrainingError("DATASET_INVALID", *tokens_report.first_errors(rows.report))
@@ -207,6 +208,7 @@ def cache_key(
         FORMAT_VERSION,
         importlib.metadata.version("luthier-trainer"),
         transformers.__version__,
+        jinja2.__version__,
         tokenizers.__version__,
         source.sha256 or _sha256_of_file(Path(source.path)),
         [reading.file_format, reading.format, dict(reading.columns)],
