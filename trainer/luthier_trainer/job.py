@@ -13,7 +13,7 @@ from transformers import PreTrainedTokenizerBase
 
 from luthier.trainer.v1.task_pb2 import BaseModelSource, DatasetSource, TrainerTask
 from luthier.v1 import event_pb2, tokenization_pb2
-from luthier_trainer import checkpoint, durable, lora
+from luthier_trainer import checkpoint, durable, lora, rope
 from luthier_trainer.batches import Batches
 from luthier_trainer.config import Places, Settings
 from luthier_trainer.data.masks.render import prompt_ids
@@ -181,7 +181,13 @@ def set_up(task: TrainerTask, settings: Settings, places: Places, reporter: Repo
         evaluated=evaluated,
         total_steps=total,
         warmup=warmup_steps(total, settings.warmup_steps, settings.warmup_ratio),
-        batches=Batches(forward.documents, budget, tokenizer.pad_token_id or 0, compute.device),
+        batches=Batches(
+            forward.documents,
+            budget,
+            tokenizer.pad_token_id or 0,
+            compute.device,
+            rope.borders(tokens.config.get_text_config(), tokens.options.max_length),
+        ),
         throughput=Throughput(),
         notes=[*compute.notes, *notes, *_adapter_notes(task, settings, trained), *_row_notes(rows)],
         counters=resumed.counters if resumed else Counters(),
