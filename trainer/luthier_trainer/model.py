@@ -10,9 +10,11 @@ from pathlib import Path
 
 import torch
 from peft import LoraConfig, PeftModel, get_peft_model
+from peft.tuners.lora.layer import ParamWrapper
 from peft.utils import load_peft_weights, set_peft_model_state_dict
 from torch import nn
 from transformers import AutoConfig, AutoModelForCausalLM, AutoTokenizer, PreTrainedModel, PreTrainedTokenizerBase
+from transformers.pytorch_utils import Conv1D
 from transformers.utils import logging
 
 from luthier.trainer.v1.task_pb2 import BaseModelSource
@@ -40,9 +42,10 @@ class Trained:
 
     @property
     def target_modules(self) -> list[str]:
-        """The last names of the modules that carry an adapter."""
-        names = {name.rsplit(".", 1)[-1] for name, each in self.causal_lm.named_modules() if hasattr(each, "lora_A")}
-        return sorted(names)
+        """The last names of what carries an adapter: modules, and the parameters of experts, which are no modules."""
+        return sorted(
+            {_adapted(name, each) for name, each in self.causal_lm.named_modules() if hasattr(each, "lora_A")}
+        )
 
     @property
     def trained_parameters(self) -> int:
@@ -105,7 +108,8 @@ def prepare(
     """Makes what is trained trainable. With `lora`: the adapter of a checkpoint, the one that is continued, or a new
     one whose start depends on the seed alone. Without: every weight, a continued adapter merged first.
 
-    `name` is what the adapter's configuration calls its base. Raises TrainingError MODULE_NOT_FOUND.
+    `name` is what the adapter's configuration calls its base. Raises TrainingError MODULE_NOT_FOUND,
+    ADAPTER_UNSUPPORTED.
     """
     parameters = base.num_parameters()
     revision = getattr(base.config, "_commit_hash", None) or ""
@@ -132,12 +136,27 @@ def prepare(
         lora_dropout=lora.dropout,
         target_modules=ALL_LINEAR if everything else list(lora.target_modules),
         modules_to_save=list(lora.modules_to_save) or None,
+        fan_in_fan_out=any(isinstance(each, Conv1D) for each in base.modules()),
         task_type="CAUSAL_LM",
         base_model_name_or_path=name,
     )
     with _peft_on_this_transformers():
-        peft = get_peft_model(base, config)
+        try:
+            peft = get_peft_model(base, config)
+        except ValueError as error:
+            raise TrainingError(
+                "ADAPTER_UNSUPPORTED",
+                f"PEFT has no such adapter for this model: {error}".splitlines()[0],
+                "Set the dropout to 0 if it speaks of dropout; else name other target_modules.",
+            ) from error
     return Trained(_inside(peft), peft, parameters, revision)
+
+
+def _adapted(name: str, layer: nn.Module) -> str:
+    """What a LoRA layer adapts: its own last name, or that of one parameter of it."""
+    if isinstance(layer, ParamWrapper) and layer.parameter_name != "weight":
+        return layer.parameter_name
+    return name.removesuffix(".base_layer").rsplit(".", 1)[-1]
 
 
 def _widen(peft: PeftModel, folder: str) -> None:
