@@ -3,7 +3,7 @@ process."""
 
 import math
 from collections.abc import Callable, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any
 
@@ -24,6 +24,7 @@ from luthier_trainer.errors import TrainingError
 from luthier_trainer.forward import Forward
 from luthier_trainer.masters import Masters
 from luthier_trainer.model import Trained, adapter_rank, load_base, prepare
+from luthier_trainer.neftune import Neftune
 from luthier_trainer.optimizer import Optimizer
 from luthier_trainer.order import Indices, RowOrder, hold_out
 from luthier_trainer.plan import Compute, attention_name, choose_compute, micro_batch_tokens
@@ -60,6 +61,7 @@ class Job:
     masters: Masters
     optimizer: Optimizer
     forward: Forward
+    neftune: Neftune
     generation_attention: str
     sample_ids: Sequence[Sequence[int]]
     rows: TokenisedRows
@@ -153,10 +155,11 @@ def set_up(task: TrainerTask, settings: Settings, places: Places, reporter: Repo
     check()
 
     trained = _load_trained(task, settings, compute, places.resume_from)
-    masters = Masters(trained.root, compute.dtype)
+    masters = Masters(trained.root, compute.dtype, cast_frozen=settings.lora is None)
     lora.speed_up(trained.causal_lm)
     generation_attention = trained.causal_lm.config._attn_implementation
     forward, notes = choose_forward(trained.causal_lm, settings.attention, int(rows.lengths.max()))
+    forward = replace(forward, label_smoothing=settings.label_smoothing)
     optimizer = Optimizer(masters, settings.adam)
     reporter.report(event_pb2.PhaseProgressed(phase=event_pb2.PHASE_LOADING, unit="models", completed=1, total=1))
     check()
@@ -174,6 +177,7 @@ def set_up(task: TrainerTask, settings: Settings, places: Places, reporter: Repo
         masters=masters,
         optimizer=optimizer,
         forward=forward,
+        neftune=Neftune(trained.causal_lm, settings.neftune_alpha),
         generation_attention=generation_attention,
         sample_ids=sample_ids,
         rows=rows,
@@ -236,6 +240,7 @@ def _load_trained(task: TrainerTask, settings: Settings, compute: Compute, resum
         name=task.spec.fine_tune.base_model,
         seed=settings.seed,
         resume_from=resume_from,
+        last_layers=settings.train_last_layers,
     )
 
 

@@ -28,8 +28,14 @@ def _wide_logits(hidden: torch.Tensor, weight: torch.Tensor, bias: torch.Tensor 
 class _ScoredCrossEntropy(torch.autograd.Function):
     @staticmethod
     def forward(
-        ctx: Any, hidden: torch.Tensor, weight: torch.Tensor, bias: torch.Tensor | None, targets: torch.Tensor
+        ctx: Any,
+        hidden: torch.Tensor,
+        weight: torch.Tensor,
+        bias: torch.Tensor | None,
+        targets: torch.Tensor,
+        smoothing: float,
     ) -> torch.Tensor:
+        spread = smoothing / weight.shape[0]
         rows = _chunk_rows(weight.shape[0], hidden.device)
         wants_hidden, wants_weight, wants_bias = ctx.needs_input_grad[:3]
         wide = torch.promote_types(hidden.dtype, torch.float32)
@@ -40,9 +46,13 @@ class _ScoredCrossEntropy(torch.autograd.Function):
         for start in range(0, hidden.shape[0], rows):
             part, target = hidden[start : start + rows], targets[start : start + rows, None]
             log_probability = torch.log_softmax(_wide_logits(part, weight, bias), -1)
-            total -= log_probability.gather(1, target).sum()
+            total -= log_probability.gather(1, target).sum() * (1.0 - smoothing)
+            if smoothing:
+                total -= log_probability.sum() * spread
             gradient = log_probability.exp_()
-            gradient.scatter_add_(1, target, gradient.new_full((1, 1), -1.0).expand_as(target))
+            if smoothing:
+                gradient -= spread
+            gradient.scatter_add_(1, target, gradient.new_full((1, 1), smoothing - 1.0).expand_as(target))
             if d_bias is not None:
                 d_bias += gradient.sum(0)
             narrow = gradient.to(weight.dtype)
@@ -65,15 +75,23 @@ class _ScoredCrossEntropy(torch.autograd.Function):
             None if d_weight is None else d_weight.mul_(scale).to(weight_dtype),
             None if d_bias is None else d_bias.mul_(scale).to(bias_dtype),
             None,
+            None,
         )
 
 
 def scored_cross_entropy(
-    hidden: torch.Tensor, weight: torch.Tensor, bias: torch.Tensor | None, targets: torch.Tensor
+    hidden: torch.Tensor,
+    weight: torch.Tensor,
+    bias: torch.Tensor | None,
+    targets: torch.Tensor,
+    smoothing: float = 0.0,
 ) -> torch.Tensor:
     """Sum of the cross-entropies (natural logarithm) of `hidden` [n, H] through the head `weight` [V, H], `bias` [V],
-    at `targets` [n]. Differentiable once in hidden, weight and bias."""
-    result: torch.Tensor = _ScoredCrossEntropy.apply(hidden, weight, bias, targets)  # type: ignore[no-untyped-call]
+    at `targets` [n]; a share `smoothing` of each target's probability is spread evenly over the vocabulary, as torch's
+    `label_smoothing` does. Differentiable once in hidden, weight and bias."""
+    result: torch.Tensor = _ScoredCrossEntropy.apply(  # type: ignore[no-untyped-call]
+        hidden, weight, bias, targets, smoothing
+    )
     return result
 
 

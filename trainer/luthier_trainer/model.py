@@ -7,6 +7,7 @@ import warnings
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
 from pathlib import Path
+from typing import Literal
 
 import torch
 from peft import LoraConfig, PeftModel, get_peft_model
@@ -16,11 +17,18 @@ from transformers import AutoConfig, AutoModelForCausalLM, AutoTokenizer, PreTra
 from transformers.utils import logging
 
 from luthier.trainer.v1.task_pb2 import BaseModelSource
+from luthier.v1 import job_pb2
 from luthier_trainer import durable
 from luthier_trainer.config import LoraSettings
 from luthier_trainer.errors import TrainingError
+from luthier_trainer.layers import train_last
 
 ALL_LINEAR = "all-linear"
+_INIT: dict[job_pb2.LoraInit.ValueType, bool | Literal["gaussian", "orthogonal"]] = {
+    job_pb2.LORA_INIT_KAIMING: True,
+    job_pb2.LORA_INIT_GAUSSIAN: "gaussian",
+    job_pb2.LORA_INIT_ORTHOGONAL: "orthogonal",
+}
 
 
 @dataclass(frozen=True)
@@ -101,9 +109,11 @@ def prepare(
     name: str,
     seed: int,
     resume_from: Path | None,
+    last_layers: int = 0,
 ) -> Trained:
     """Makes what is trained trainable. With `lora`: the adapter of a checkpoint, the one that is continued, or a new
-    one whose start depends on the seed alone. Without: every weight, a continued adapter merged first.
+    one whose start depends on the seed alone. Without: every weight, or those of the `last_layers` (0: all) layers, a
+    continued adapter merged first.
 
     `name` is what the adapter's configuration calls its base. Raises TrainingError MODULE_NOT_FOUND.
     """
@@ -115,6 +125,8 @@ def prepare(
             with _peft_on_this_transformers():
                 base = PeftModel.from_pretrained(base, adapter_dir).merge_and_unload()
         base.requires_grad_(True)
+        if last_layers:
+            train_last(base, last_layers)
         return Trained(base, None, parameters, revision)
     if resume_from is not None or adapter_dir:
         with _peft_on_this_transformers():
@@ -132,6 +144,9 @@ def prepare(
         lora_dropout=lora.dropout,
         target_modules=ALL_LINEAR if everything else list(lora.target_modules),
         modules_to_save=list(lora.modules_to_save) or None,
+        use_rslora=lora.use_rslora,
+        use_dora=lora.use_dora,
+        init_lora_weights=_INIT[lora.init],
         task_type="CAUSAL_LM",
         base_model_name_or_path=name,
     )
