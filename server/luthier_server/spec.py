@@ -18,6 +18,7 @@ from luthier.v1.job_pb2 import (
     JobSpec,
     Lora,
     LoraInit,
+    LoraQuantization,
     LrScheduler,
     Sft,
 )
@@ -90,6 +91,8 @@ def cross_violations(spec: JobSpec) -> Iterator[Violation]:
         yield Violation(f"{path}.gradient_accumulation_steps", f"makes a batch of {parts} examples; 65536 at most")
     if task.lora.init == LoraInit.LORA_INIT_ORTHOGONAL and task.lora.rank % 2:
         yield Violation("spec.fine_tune.lora.init", f"orthogonal needs an even rank, and rank is {task.lora.rank}")
+    if task.lora.use_dora and task.lora.quantization == LoraQuantization.LORA_QUANTIZATION_INT8:
+        yield Violation("spec.fine_tune.lora.use_dora", "is offered on weights in nf4 and as they are, not in int8")
     yield from tokenization_violations(task.tokenization, "spec.fine_tune.tokenization")
     if task.validation_dataset and task.validation_fraction:
         yield Violation(
@@ -208,6 +211,8 @@ def _resolve_lora(lora: Lora) -> None:
     if lora.init == LoraInit.LORA_INIT_UNSPECIFIED:
         lora.init = LoraInit.LORA_INIT_KAIMING
     _default(lora, "lora_plus_ratio", 1.0)
+    if lora.quantization == LoraQuantization.LORA_QUANTIZATION_UNSPECIFIED:
+        lora.quantization = LoraQuantization.LORA_QUANTIZATION_NONE
 
 
 def _resolve_hyperparameters(task: FineTuneTask, max_positions: int) -> None:

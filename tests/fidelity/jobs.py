@@ -16,8 +16,9 @@ from luthier_trainer import inspect
 from luthier_trainer.report import Payload
 
 
-def tiny_base(folder: Path, *, tied: bool = False) -> Path:
-    """A random model of 150,000 weights with the tokenizer and template of `builtin/tiny`."""
+def tiny_base(folder: Path, *, tied: bool = False, width: int = 32) -> Path:
+    """A random model of 150,000 weights (twice as many with a width of 64) with the tokenizer and template of
+    `builtin/tiny`."""
     base = folder / "base"
     base.mkdir()
     for name in ("tokenizer.json", "tokenizer_config.json", "chat_template.jinja"):
@@ -25,8 +26,8 @@ def tiny_base(folder: Path, *, tied: bool = False) -> Path:
     torch.manual_seed(0)
     config = LlamaConfig(
         vocab_size=4096,
-        hidden_size=32,
-        intermediate_size=48,
+        hidden_size=width,
+        intermediate_size=48 if width == 32 else 2 * width,
         num_hidden_layers=2,
         num_attention_heads=4,
         num_key_value_heads=2,

@@ -23,6 +23,7 @@ class LoraSettings:
     use_rslora: bool = False
     use_dora: bool = False
     init: job_pb2.LoraInit.ValueType = job_pb2.LORA_INIT_KAIMING
+    quantization: job_pb2.LoraQuantization.ValueType = job_pb2.LORA_QUANTIZATION_NONE
 
 
 @dataclass(frozen=True)
@@ -87,6 +88,7 @@ def _lora(spec: job_pb2.Lora) -> LoraSettings:
         use_rslora=spec.use_rslora,
         use_dora=spec.use_dora,
         init=spec.init or job_pb2.LORA_INIT_KAIMING,
+        quantization=spec.quantization or job_pb2.LORA_QUANTIZATION_NONE,
     )
 
 

@@ -12,7 +12,7 @@ import torch
 from transformers import PreTrainedTokenizerBase
 
 from luthier.trainer.v1.task_pb2 import BaseModelSource, DatasetSource, TrainerTask
-from luthier.v1 import event_pb2, tokenization_pb2
+from luthier.v1 import event_pb2, job_pb2, tokenization_pb2
 from luthier_trainer import checkpoint, durable, lora
 from luthier_trainer.batches import Batches
 from luthier_trainer.config import Places, Settings
@@ -29,6 +29,7 @@ from luthier_trainer.optimizer import Optimizer
 from luthier_trainer.order import Indices, RowOrder, hold_out
 from luthier_trainer.plan import Compute, attention_name, choose_compute, micro_batch_tokens
 from luthier_trainer.probe import choose_forward
+from luthier_trainer.quantization import quantization_config
 from luthier_trainer.report import Reporter
 from luthier_trainer.schedule import warmup_steps
 from luthier_trainer.state import Counters, ResumedPlan, State, read_state
@@ -232,7 +233,9 @@ def _load_trained(task: TrainerTask, settings: Settings, compute: Compute, resum
     if settings.lora is None and resume_from is not None:
         source = BaseModelSource(location=str(resume_from))
     dtype = torch.float32 if settings.lora is None else compute.dtype
-    base = load_base(source, dtype, compute.device, settings.attention)
+    adapter = settings.lora
+    quantization = quantization_config(adapter.quantization, dtype, adapter.modules_to_save) if adapter else None
+    base = load_base(source, dtype, compute.device, settings.attention, quantization)
     return prepare(
         base,
         source,
@@ -245,10 +248,14 @@ def _load_trained(task: TrainerTask, settings: Settings, compute: Compute, resum
 
 
 def _adapter_notes(task: TrainerTask, settings: Settings, trained: Trained) -> list[str]:
+    notes = []
+    if settings.lora is not None and settings.lora.quantization != job_pb2.LORA_QUANTIZATION_NONE:
+        name = job_pb2.LoraQuantization.Name(settings.lora.quantization).removeprefix("LORA_QUANTIZATION_").lower()
+        notes.append(f"the frozen linear weights are held in {name}")
     rank = adapter_rank(trained)
     if task.base_model.adapter_dir and settings.lora is not None and rank != settings.lora.rank:
-        return [f"the adapter that is continued keeps its own rank of {rank} and its own modules"]
-    return []
+        notes.append(f"the adapter that is continued keeps its own rank of {rank} and its own modules")
+    return notes
 
 
 def _row_notes(rows: TokenisedRows) -> list[str]:

@@ -13,7 +13,14 @@ import torch
 from peft import LoraConfig, PeftModel, get_peft_model
 from peft.utils import load_peft_weights, set_peft_model_state_dict
 from torch import nn
-from transformers import AutoConfig, AutoModelForCausalLM, AutoTokenizer, PreTrainedModel, PreTrainedTokenizerBase
+from transformers import (
+    AutoConfig,
+    AutoModelForCausalLM,
+    AutoTokenizer,
+    BitsAndBytesConfig,
+    PreTrainedModel,
+    PreTrainedTokenizerBase,
+)
 from transformers.utils import logging
 
 from luthier.trainer.v1.task_pb2 import BaseModelSource
@@ -22,6 +29,7 @@ from luthier_trainer import durable
 from luthier_trainer.config import LoraSettings
 from luthier_trainer.errors import TrainingError
 from luthier_trainer.layers import train_last
+from luthier_trainer.quantization import keep_differentiable
 
 ALL_LINEAR = "all-linear"
 _INIT: dict[job_pb2.LoraInit.ValueType, bool | Literal["gaussian", "orthogonal"]] = {
@@ -82,10 +90,17 @@ def load_config(source: BaseModelSource) -> object:
         )
 
 
-def load_base(source: BaseModelSource, dtype: torch.dtype, device: torch.device, attention: str) -> PreTrainedModel:
+def load_base(
+    source: BaseModelSource,
+    dtype: torch.dtype,
+    device: torch.device,
+    attention: str,
+    quantization: BitsAndBytesConfig | None = None,
+) -> PreTrainedModel:
     """The base's weights on the device; accelerate places them there tensor by tensor, without a second copy in memory.
 
-    `attention`: `auto`, `sdpa` or `eager`. Raises TrainingError MODEL_NOT_FOUND.
+    `attention`: `auto`, `sdpa` or `eager`; `quantization`: how linear weights are held, None for as they are. Raises
+    TrainingError MODEL_NOT_FOUND.
     """
     with _not_found(source), no_progress_bar():
         model: PreTrainedModel = AutoModelForCausalLM.from_pretrained(
@@ -94,10 +109,13 @@ def load_base(source: BaseModelSource, dtype: torch.dtype, device: torch.device,
             dtype=dtype,
             device_map={"": str(device)},
             attn_implementation=None if attention == "auto" else attention,
+            quantization_config=quantization,
             use_safetensors=True,
             trust_remote_code=False,
             local_files_only=not source.is_hub,
         )
+    if quantization is not None:
+        keep_differentiable(model)
     return model
 
 

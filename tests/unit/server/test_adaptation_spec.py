@@ -3,7 +3,7 @@
 import pytest
 
 from luthier.v1.dataset_pb2 import DatasetFormat
-from luthier.v1.job_pb2 import FineTuneTask, Full, Hyperparameters, JobSpec, Lora, LoraInit
+from luthier.v1.job_pb2 import FineTuneTask, Full, Hyperparameters, JobSpec, Lora, LoraInit, LoraQuantization
 from luthier_server import spec as specs
 
 
@@ -20,6 +20,7 @@ def test_an_adapter_is_plain_unless_asked_for_more() -> None:
     assert all(lora.HasField(field) for field in ("use_rslora", "use_dora", "lora_plus_ratio"))
     assert (lora.use_rslora, lora.use_dora, lora.lora_plus_ratio) == (False, False, 1.0)
     assert lora.init == LoraInit.LORA_INIT_KAIMING
+    assert lora.quantization == LoraQuantization.LORA_QUANTIZATION_NONE
     asked = Lora(use_rslora=True, use_dora=True, lora_plus_ratio=16, init=LoraInit.LORA_INIT_GAUSSIAN)
     lora = resolved(job(lora=asked)).lora
     assert (lora.use_rslora, lora.use_dora, lora.lora_plus_ratio) == (True, True, 16.0)
@@ -55,6 +56,12 @@ def test_a_task_resolved_before_a_field_was_there_is_what_it_was() -> None:
 def test_what_makes_no_sense_is_refused_by_its_field(fields: dict[str, object], field: str) -> None:
     (violation,) = specs.rule_violations(job(**fields))
     assert violation.field == f"fine_tune.{field}"
+
+
+def test_dora_is_offered_on_nf4_and_not_on_int8() -> None:
+    for quantization, refused in ((LoraQuantization.LORA_QUANTIZATION_NF4, 0), (3, 1)):
+        spec = job(lora=Lora(use_dora=True, quantization=quantization))  # type: ignore[arg-type]
+        assert [each.field for each in specs.cross_violations(spec)] == ["spec.fine_tune.lora.use_dora"] * refused
 
 
 @pytest.mark.parametrize(("rank", "refused"), [(None, False), (8, False), (7, True)])

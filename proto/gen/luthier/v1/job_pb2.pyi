@@ -105,6 +105,34 @@ LORA_INIT_ORTHOGONAL: LoraInit.ValueType  # 3
 """Both factors random, in subspaces that are orthogonal to each other; needs an even rank."""
 Global___LoraInit: typing_extensions.TypeAlias = LoraInit
 
+class _LoraQuantization:
+    ValueType = typing.NewType("ValueType", builtins.int)
+    V: typing_extensions.TypeAlias = ValueType
+
+class _LoraQuantizationEnumTypeWrapper(google.protobuf.internal.enum_type_wrapper._EnumTypeWrapper[_LoraQuantization.ValueType], builtins.type):
+    DESCRIPTOR: google.protobuf.descriptor.EnumDescriptor
+    LORA_QUANTIZATION_UNSPECIFIED: _LoraQuantization.ValueType  # 0
+    """The server decides: none."""
+    LORA_QUANTIZATION_NONE: _LoraQuantization.ValueType  # 1
+    """As they are computed with."""
+    LORA_QUANTIZATION_NF4: _LoraQuantization.ValueType  # 2
+    """4 bits a weight: NF4, with its constants quantised too."""
+    LORA_QUANTIZATION_INT8: _LoraQuantization.ValueType  # 3
+    """8 bits a weight: LLM.int8()."""
+
+class LoraQuantization(_LoraQuantization, metaclass=_LoraQuantizationEnumTypeWrapper):
+    """How the frozen weights below an adapter are held (QLoRA, Dettmers et al. 2023). Needs bitsandbytes in the trainer."""
+
+LORA_QUANTIZATION_UNSPECIFIED: LoraQuantization.ValueType  # 0
+"""The server decides: none."""
+LORA_QUANTIZATION_NONE: LoraQuantization.ValueType  # 1
+"""As they are computed with."""
+LORA_QUANTIZATION_NF4: LoraQuantization.ValueType  # 2
+"""4 bits a weight: NF4, with its constants quantised too."""
+LORA_QUANTIZATION_INT8: LoraQuantization.ValueType  # 3
+"""8 bits a weight: LLM.int8()."""
+Global___LoraQuantization: typing_extensions.TypeAlias = LoraQuantization
+
 class _LrScheduler:
     ValueType = typing.NewType("ValueType", builtins.int)
     V: typing_extensions.TypeAlias = ValueType
@@ -541,6 +569,7 @@ class Lora(google.protobuf.message.Message):
     USE_DORA_FIELD_NUMBER: builtins.int
     INIT_FIELD_NUMBER: builtins.int
     LORA_PLUS_RATIO_FIELD_NUMBER: builtins.int
+    QUANTIZATION_FIELD_NUMBER: builtins.int
     rank: builtins.int
     """Rank of the two factors. Default 16."""
     alpha: builtins.float
@@ -555,6 +584,10 @@ class Lora(google.protobuf.message.Message):
     """How the factors start. Default: kaiming."""
     lora_plus_ratio: builtins.float
     """The second factor learns at so many times the learning rate (LoRA+, Hayou et al. 2024). Default 1."""
+    quantization: Global___LoraQuantization.ValueType
+    """How the frozen linear weights are held; the head, embeddings and modules_to_save stay as they are. DoRA is not offered
+    on int8. Default: none.
+    """
     @property
     def target_modules(self) -> google.protobuf.internal.containers.RepeatedScalarFieldContainer[builtins.str]:
         """Names of the linear modules that get an adapter (`q_proj`, ...), or `all-linear`. Default: all-linear."""
@@ -575,9 +608,10 @@ class Lora(google.protobuf.message.Message):
         use_dora: builtins.bool | None = ...,
         init: Global___LoraInit.ValueType = ...,
         lora_plus_ratio: builtins.float | None = ...,
+        quantization: Global___LoraQuantization.ValueType = ...,
     ) -> None: ...
     def HasField(self, field_name: typing.Literal["_alpha", b"_alpha", "_dropout", b"_dropout", "_lora_plus_ratio", b"_lora_plus_ratio", "_rank", b"_rank", "_use_dora", b"_use_dora", "_use_rslora", b"_use_rslora", "alpha", b"alpha", "dropout", b"dropout", "lora_plus_ratio", b"lora_plus_ratio", "rank", b"rank", "use_dora", b"use_dora", "use_rslora", b"use_rslora"]) -> builtins.bool: ...
-    def ClearField(self, field_name: typing.Literal["_alpha", b"_alpha", "_dropout", b"_dropout", "_lora_plus_ratio", b"_lora_plus_ratio", "_rank", b"_rank", "_use_dora", b"_use_dora", "_use_rslora", b"_use_rslora", "alpha", b"alpha", "dropout", b"dropout", "init", b"init", "lora_plus_ratio", b"lora_plus_ratio", "modules_to_save", b"modules_to_save", "rank", b"rank", "target_modules", b"target_modules", "use_dora", b"use_dora", "use_rslora", b"use_rslora"]) -> None: ...
+    def ClearField(self, field_name: typing.Literal["_alpha", b"_alpha", "_dropout", b"_dropout", "_lora_plus_ratio", b"_lora_plus_ratio", "_rank", b"_rank", "_use_dora", b"_use_dora", "_use_rslora", b"_use_rslora", "alpha", b"alpha", "dropout", b"dropout", "init", b"init", "lora_plus_ratio", b"lora_plus_ratio", "modules_to_save", b"modules_to_save", "quantization", b"quantization", "rank", b"rank", "target_modules", b"target_modules", "use_dora", b"use_dora", "use_rslora", b"use_rslora"]) -> None: ...
     @typing.overload
     def WhichOneof(self, oneof_group: typing.Literal["_alpha", b"_alpha"]) -> typing.Literal["alpha"] | None: ...
     @typing.overload
