@@ -17,6 +17,8 @@ from luthier.v1.job_pb2 import (
     Hyperparameters,
     JobSpec,
     Lora,
+    LoraInit,
+    LoraQuantization,
     LrScheduler,
     Sft,
 )
@@ -87,6 +89,10 @@ def cross_violations(spec: JobSpec) -> Iterator[Violation]:
         )
     if parts > 65536:
         yield Violation(f"{path}.gradient_accumulation_steps", f"makes a batch of {parts} examples; 65536 at most")
+    if task.lora.init == LoraInit.LORA_INIT_ORTHOGONAL and task.lora.rank % 2:
+        yield Violation("spec.fine_tune.lora.init", f"orthogonal needs an even rank, and rank is {task.lora.rank}")
+    if task.lora.use_dora and task.lora.quantization == LoraQuantization.LORA_QUANTIZATION_INT8:
+        yield Violation("spec.fine_tune.lora.use_dora", "is offered on weights in nf4 and as they are, not in int8")
     yield from tokenization_violations(task.tokenization, "spec.fine_tune.tokenization")
     if task.validation_dataset and task.validation_fraction:
         yield Violation(
@@ -172,10 +178,7 @@ def resolved(spec: JobSpec, *, rows: int, max_positions: int, row_format: Datase
     task = full.fine_tune
     if task.WhichOneof("objective") is None:
         task.sft.CopyFrom(Sft())
-    if task.WhichOneof("adaptation") is None:
-        task.lora.CopyFrom(Lora())
-    if task.WhichOneof("adaptation") == "lora":
-        _resolve_lora(task.lora)
+    resolve_adaptation(task)
     _default(task, "validation_fraction", 0.0)
     _resolve_hyperparameters(task, max_positions)
     _resolve_tokenization(task.tokenization, row_format)
@@ -187,12 +190,29 @@ def resolved(spec: JobSpec, *, rows: int, max_positions: int, row_format: Datase
     return full
 
 
+def resolve_adaptation(task: FineTuneTask) -> None:
+    """Fills in what is trained. Also for a task that was resolved before a field was there: it was its default."""
+    if task.WhichOneof("adaptation") is None:
+        task.lora.CopyFrom(Lora())
+    if task.WhichOneof("adaptation") == "lora":
+        _resolve_lora(task.lora)
+    else:
+        _default(task.full, "train_last_layers", 0)
+
+
 def _resolve_lora(lora: Lora) -> None:
     _default(lora, "rank", 16)
     _default(lora, "alpha", 2.0 * lora.rank)
     _default(lora, "dropout", 0.0)
     if not lora.target_modules:
         lora.target_modules.append("all-linear")
+    _default(lora, "use_rslora", False)
+    _default(lora, "use_dora", False)
+    if lora.init == LoraInit.LORA_INIT_UNSPECIFIED:
+        lora.init = LoraInit.LORA_INIT_KAIMING
+    _default(lora, "lora_plus_ratio", 1.0)
+    if lora.quantization == LoraQuantization.LORA_QUANTIZATION_UNSPECIFIED:
+        lora.quantization = LoraQuantization.LORA_QUANTIZATION_NONE
 
 
 def _resolve_hyperparameters(task: FineTuneTask, max_positions: int) -> None:
@@ -220,6 +240,8 @@ def _resolve_hyperparameters(task: FineTuneTask, max_positions: int) -> None:
     _default(numbers, "adam_beta1", 0.9)
     _default(numbers, "adam_beta2", 0.999)
     _default(numbers, "adam_epsilon", 1e-8)
+    _default(numbers, "label_smoothing", 0.0)
+    _default(numbers, "neftune_alpha", 0.0)
 
 
 def _resolve_tokenization(tokenization: Tokenization, row_format: DatasetFormat.ValueType) -> None:

@@ -151,7 +151,7 @@ def fields(message: Descriptor | None) -> set[str]:
     return {field.name for field in message.fields}
 
 
-@pytest.mark.parametrize("part", ["lora", "hyperparameters", "evaluation", "checkpoints", "tokenization"])
+@pytest.mark.parametrize("part", ["lora", "full", "hyperparameters", "evaluation", "checkpoints", "tokenization"])
 def test_every_field_of_a_spec_is_written_down(part: str) -> None:
     rows = table(page("fine-tuning.md"), f"field of `{part}`")
     assert {name for cell in rows for name in code(cell)} == fields(

@@ -20,12 +20,17 @@ class LoraSettings:
     dropout: float
     target_modules: tuple[str, ...]
     modules_to_save: tuple[str, ...]
+    use_rslora: bool = False
+    use_dora: bool = False
+    init: job_pb2.LoraInit.ValueType = job_pb2.LORA_INIT_KAIMING
+    quantization: job_pb2.LoraQuantization.ValueType = job_pb2.LORA_QUANTIZATION_NONE
 
 
 @dataclass(frozen=True)
 class Settings:
     """A fine-tuning job, every number decided but those that need the data: `every_*` of None mean never, `epochs` and
-    `max_steps` of None no limit (never both), `checkpoint_every` of None a tenth of all steps."""
+    `max_steps` of None no limit (never both), `checkpoint_every` of None a tenth of all steps, `train_last_layers` of 0
+    everything, `neftune_alpha` of 0 no noise."""
 
     seed: int
     batch_size: int
@@ -40,6 +45,9 @@ class Settings:
     attention: str
     dtype: job_pb2.Dtype.ValueType
     lora: LoraSettings | None
+    train_last_layers: int
+    label_smoothing: float
+    neftune_alpha: float
     validation_fraction: float
     evaluate_every_steps: int | None
     evaluate_every_epochs: int | None
@@ -77,10 +85,14 @@ def _lora(spec: job_pb2.Lora) -> LoraSettings:
         dropout=spec.dropout,
         target_modules=tuple(spec.target_modules) or ("all-linear",),
         modules_to_save=tuple(spec.modules_to_save),
+        use_rslora=spec.use_rslora,
+        use_dora=spec.use_dora,
+        init=spec.init or job_pb2.LORA_INIT_KAIMING,
+        quantization=spec.quantization or job_pb2.LORA_QUANTIZATION_NONE,
     )
 
 
-def _adam(spec: job_pb2.Hyperparameters) -> AdamSettings:
+def _adam(spec: job_pb2.Hyperparameters, second_factor_rate: float) -> AdamSettings:
     for field in ("weight_decay", "max_grad_norm", "adam_beta1", "adam_beta2", "adam_epsilon"):
         _required(spec, field)
     return AdamSettings(
@@ -89,6 +101,7 @@ def _adam(spec: job_pb2.Hyperparameters) -> AdamSettings:
         epsilon=spec.adam_epsilon,
         weight_decay=spec.weight_decay,
         max_grad_norm=spec.max_grad_norm,
+        second_factor_rate=second_factor_rate,
     )
 
 
@@ -113,13 +126,16 @@ def read_settings(task: TrainerTask) -> Settings:
         scheduler=numbers.lr_scheduler,
         warmup_steps=numbers.warmup_steps if numbers.HasField("warmup_steps") else None,
         warmup_ratio=numbers.warmup_ratio if numbers.HasField("warmup_ratio") else None,
-        adam=_adam(numbers),
+        adam=_adam(numbers, 1.0 if full else spec.lora.lora_plus_ratio or 1.0),
         epochs=numbers.epochs if numbers.HasField("epochs") else None,
         max_steps=numbers.max_steps if numbers.HasField("max_steps") else None,
         log_every=numbers.log_every,
         attention=numbers.attn_implementation or "auto",
         dtype=numbers.dtype,
         lora=None if full else _lora(spec.lora),
+        train_last_layers=spec.full.train_last_layers if full else 0,
+        label_smoothing=numbers.label_smoothing,
+        neftune_alpha=numbers.neftune_alpha,
         validation_fraction=spec.validation_fraction,
         evaluate_every_steps=by_steps,
         evaluate_every_epochs=1 if by_steps is None and by_epochs is None else by_epochs,

@@ -44,25 +44,27 @@ class Forward:
 
     documents: micro-batches are flattened and attention is per document; else they are padded. fused_head: hidden
     states come from the decoder and the loss from chunks of a plain head and its `shaping_of`; else the model's own
-    forward gives the logits of the scored rows.
+    forward gives the logits of the scored rows. label_smoothing: the share of a target's probability that training
+    spreads over the vocabulary.
     """
 
     model: PreTrainedModel
     documents: bool
     fused_head: bool
+    label_smoothing: float = 0.0
 
     def loss_sum(self, batch: MicroBatch) -> torch.Tensor:
-        """Sum of the cross-entropies of the batch's targets, differentiable."""
+        """Sum of the cross-entropies of the batch's targets, smoothed, differentiable."""
         if not self.fused_head:
             logits = self.logits(batch)
-            return F.cross_entropy(logits, batch.targets, reduction="sum")
+            return F.cross_entropy(logits, batch.targets, reduction="sum", label_smoothing=self.label_smoothing)
         head = self._head()
-        shaping = shaping_of(self.model)
-        return scored_cross_entropy(self.hidden(batch), head.weight, head.bias, batch.targets, shaping)
+        hidden, shaping = self.hidden(batch), shaping_of(self.model)
+        return scored_cross_entropy(hidden, head.weight, head.bias, batch.targets, shaping, self.label_smoothing)
 
     @torch.no_grad()
     def score(self, batch: MicroBatch) -> tuple[torch.Tensor, torch.Tensor]:
-        """(sum of cross-entropies, targets that the model puts first), without a gradient."""
+        """(sum of cross-entropies, targets that the model puts first), without smoothing and without a gradient."""
         if not self.fused_head:
             logits = self.logits(batch)
             loss = F.cross_entropy(logits, batch.targets, reduction="sum")

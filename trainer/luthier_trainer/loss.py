@@ -63,7 +63,9 @@ class _ScoredCrossEntropy(torch.autograd.Function):
         bias: torch.Tensor | None,
         targets: torch.Tensor,
         shaping: Shaping,
+        smoothing: float,
     ) -> torch.Tensor:
+        spread = smoothing / weight.shape[0]
         rows = _chunk_rows(weight.shape[0], hidden.device)
         wants_hidden, wants_weight, wants_bias = ctx.needs_input_grad[:3]
         wide = torch.promote_types(hidden.dtype, torch.float32)
@@ -76,9 +78,13 @@ class _ScoredCrossEntropy(torch.autograd.Function):
             logits = wide_logits(part, weight, bias, shaping)
             slope = None if shaping == PLAIN else shaping.slope(logits)
             log_probability = torch.log_softmax(logits, -1)
-            total -= log_probability.gather(1, target).sum()
+            total -= log_probability.gather(1, target).sum() * (1.0 - smoothing)
+            if smoothing:
+                total -= log_probability.sum() * spread
             gradient = log_probability.exp_()
-            gradient.scatter_add_(1, target, gradient.new_full((1, 1), -1.0).expand_as(target))
+            if smoothing:
+                gradient -= spread
+            gradient.scatter_add_(1, target, gradient.new_full((1, 1), smoothing - 1.0).expand_as(target))
             if slope is not None:
                 gradient *= slope
             if d_bias is not None:
@@ -113,11 +119,13 @@ def scored_cross_entropy(
     bias: torch.Tensor | None,
     targets: torch.Tensor,
     shaping: Shaping = PLAIN,
+    smoothing: float = 0.0,
 ) -> torch.Tensor:
     """Sum of the cross-entropies (natural logarithm) of `hidden` [n, H] through the head `weight` [V, H], `bias` [V]
-    and `shaping`, at `targets` [n]. Differentiable once in hidden, weight and bias."""
+    and `shaping`, at `targets` [n]; a share `smoothing` of each target's probability is spread evenly over the
+    vocabulary, as torch's `label_smoothing` does. Differentiable once in hidden, weight and bias."""
     result: torch.Tensor = _ScoredCrossEntropy.apply(  # type: ignore[no-untyped-call]
-        hidden, weight, bias, targets, shaping
+        hidden, weight, bias, targets, shaping, smoothing
     )
     return result
 

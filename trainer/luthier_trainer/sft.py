@@ -170,17 +170,20 @@ def _accumulate(job: Job, examples: Sequence[Example], check: Check) -> tuple[fl
 
 def _accumulate_once(job: Job, examples: Sequence[Example], check: Check) -> tuple[float, int]:
     job.masters.zero_gradients()
-    torch.manual_seed(_stream(job.settings.seed, job.counters.step))
+    stream = _stream(job.settings.seed, job.counters.step)
+    torch.manual_seed(stream)
     share = 1.0 / scored_tokens(examples)
     loss = torch.zeros((), dtype=torch.float64, device=job.compute.device)
-    tokens = 0
+    tokens = done = 0
     for batch in job.batches.of(examples):
         check()
         if len(batch.targets):
-            part = job.forward.loss_sum(batch) * share
+            with job.neftune.noise(batch.lengths, first=done, seed=stream):
+                part = job.forward.loss_sum(batch) * share
             part.backward()  # type: ignore[no-untyped-call]
             loss += part.detach()
         tokens += batch.tokens
+        done += len(batch.lengths)
         job.counters.computed_tokens += batch.tokens
     return float(loss), tokens
 

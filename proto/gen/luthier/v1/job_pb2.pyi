@@ -77,6 +77,62 @@ JOB_STATE_CANCELLED: JobState.ValueType  # 10
 """Ended because somebody asked for it. Terminal."""
 Global___JobState: typing_extensions.TypeAlias = JobState
 
+class _LoraInit:
+    ValueType = typing.NewType("ValueType", builtins.int)
+    V: typing_extensions.TypeAlias = ValueType
+
+class _LoraInitEnumTypeWrapper(google.protobuf.internal.enum_type_wrapper._EnumTypeWrapper[_LoraInit.ValueType], builtins.type):
+    DESCRIPTOR: google.protobuf.descriptor.EnumDescriptor
+    LORA_INIT_UNSPECIFIED: _LoraInit.ValueType  # 0
+    """The server decides: kaiming."""
+    LORA_INIT_KAIMING: _LoraInit.ValueType  # 1
+    """The first factor uniform (Kaiming), the second zero: PEFT's default."""
+    LORA_INIT_GAUSSIAN: _LoraInit.ValueType  # 2
+    """The first factor normal with a deviation of 1 / rank, the second zero."""
+    LORA_INIT_ORTHOGONAL: _LoraInit.ValueType  # 3
+    """Both factors random, in subspaces that are orthogonal to each other; needs an even rank."""
+
+class LoraInit(_LoraInit, metaclass=_LoraInitEnumTypeWrapper):
+    """How the factors of a new adapter start. Each leaves the model's outputs as they were, up to rounding."""
+
+LORA_INIT_UNSPECIFIED: LoraInit.ValueType  # 0
+"""The server decides: kaiming."""
+LORA_INIT_KAIMING: LoraInit.ValueType  # 1
+"""The first factor uniform (Kaiming), the second zero: PEFT's default."""
+LORA_INIT_GAUSSIAN: LoraInit.ValueType  # 2
+"""The first factor normal with a deviation of 1 / rank, the second zero."""
+LORA_INIT_ORTHOGONAL: LoraInit.ValueType  # 3
+"""Both factors random, in subspaces that are orthogonal to each other; needs an even rank."""
+Global___LoraInit: typing_extensions.TypeAlias = LoraInit
+
+class _LoraQuantization:
+    ValueType = typing.NewType("ValueType", builtins.int)
+    V: typing_extensions.TypeAlias = ValueType
+
+class _LoraQuantizationEnumTypeWrapper(google.protobuf.internal.enum_type_wrapper._EnumTypeWrapper[_LoraQuantization.ValueType], builtins.type):
+    DESCRIPTOR: google.protobuf.descriptor.EnumDescriptor
+    LORA_QUANTIZATION_UNSPECIFIED: _LoraQuantization.ValueType  # 0
+    """The server decides: none."""
+    LORA_QUANTIZATION_NONE: _LoraQuantization.ValueType  # 1
+    """As they are computed with."""
+    LORA_QUANTIZATION_NF4: _LoraQuantization.ValueType  # 2
+    """4 bits a weight: NF4, with its constants quantised too."""
+    LORA_QUANTIZATION_INT8: _LoraQuantization.ValueType  # 3
+    """8 bits a weight: LLM.int8()."""
+
+class LoraQuantization(_LoraQuantization, metaclass=_LoraQuantizationEnumTypeWrapper):
+    """How the frozen weights below an adapter are held (QLoRA, Dettmers et al. 2023). Needs bitsandbytes in the trainer."""
+
+LORA_QUANTIZATION_UNSPECIFIED: LoraQuantization.ValueType  # 0
+"""The server decides: none."""
+LORA_QUANTIZATION_NONE: LoraQuantization.ValueType  # 1
+"""As they are computed with."""
+LORA_QUANTIZATION_NF4: LoraQuantization.ValueType  # 2
+"""4 bits a weight: NF4, with its constants quantised too."""
+LORA_QUANTIZATION_INT8: LoraQuantization.ValueType  # 3
+"""8 bits a weight: LLM.int8()."""
+Global___LoraQuantization: typing_extensions.TypeAlias = LoraQuantization
+
 class _LrScheduler:
     ValueType = typing.NewType("ValueType", builtins.int)
     V: typing_extensions.TypeAlias = ValueType
@@ -438,7 +494,7 @@ class FineTuneTask(google.protobuf.message.Message):
 
     @property
     def full(self) -> Global___Full:
-        """Every weight."""
+        """Every weight, or those of the last layers."""
 
     @property
     def hyperparameters(self) -> Global___Hyperparameters:
@@ -509,12 +565,29 @@ class Lora(google.protobuf.message.Message):
     DROPOUT_FIELD_NUMBER: builtins.int
     TARGET_MODULES_FIELD_NUMBER: builtins.int
     MODULES_TO_SAVE_FIELD_NUMBER: builtins.int
+    USE_RSLORA_FIELD_NUMBER: builtins.int
+    USE_DORA_FIELD_NUMBER: builtins.int
+    INIT_FIELD_NUMBER: builtins.int
+    LORA_PLUS_RATIO_FIELD_NUMBER: builtins.int
+    QUANTIZATION_FIELD_NUMBER: builtins.int
     rank: builtins.int
     """Rank of the two factors. Default 16."""
     alpha: builtins.float
-    """The product of the factors is scaled by alpha / rank. Default: twice the rank."""
+    """The product of the factors is scaled by alpha / rank, or as use_rslora says. Default: twice the rank."""
     dropout: builtins.float
     """Dropout on the adapter's input while training. Default 0."""
+    use_rslora: builtins.bool
+    """The product of the factors is scaled by alpha / sqrt(rank) (rsLoRA, Kalajdzievski 2023). Default false."""
+    use_dora: builtins.bool
+    """Direction and magnitude of each weight are adapted apart (DoRA, Liu et al. 2024). Default false."""
+    init: Global___LoraInit.ValueType
+    """How the factors start. Default: kaiming."""
+    lora_plus_ratio: builtins.float
+    """The second factor learns at so many times the learning rate (LoRA+, Hayou et al. 2024). Default 1."""
+    quantization: Global___LoraQuantization.ValueType
+    """How the frozen linear weights are held; the head, embeddings and modules_to_save stay as they are. DoRA is not offered
+    on int8. Default: none.
+    """
     @property
     def target_modules(self) -> google.protobuf.internal.containers.RepeatedScalarFieldContainer[builtins.str]:
         """Names of the linear modules that get an adapter (`q_proj`, ...), or `all-linear`. Default: all-linear."""
@@ -531,27 +604,48 @@ class Lora(google.protobuf.message.Message):
         dropout: builtins.float | None = ...,
         target_modules: collections.abc.Iterable[builtins.str] | None = ...,
         modules_to_save: collections.abc.Iterable[builtins.str] | None = ...,
+        use_rslora: builtins.bool | None = ...,
+        use_dora: builtins.bool | None = ...,
+        init: Global___LoraInit.ValueType = ...,
+        lora_plus_ratio: builtins.float | None = ...,
+        quantization: Global___LoraQuantization.ValueType = ...,
     ) -> None: ...
-    def HasField(self, field_name: typing.Literal["_alpha", b"_alpha", "_dropout", b"_dropout", "_rank", b"_rank", "alpha", b"alpha", "dropout", b"dropout", "rank", b"rank"]) -> builtins.bool: ...
-    def ClearField(self, field_name: typing.Literal["_alpha", b"_alpha", "_dropout", b"_dropout", "_rank", b"_rank", "alpha", b"alpha", "dropout", b"dropout", "modules_to_save", b"modules_to_save", "rank", b"rank", "target_modules", b"target_modules"]) -> None: ...
+    def HasField(self, field_name: typing.Literal["_alpha", b"_alpha", "_dropout", b"_dropout", "_lora_plus_ratio", b"_lora_plus_ratio", "_rank", b"_rank", "_use_dora", b"_use_dora", "_use_rslora", b"_use_rslora", "alpha", b"alpha", "dropout", b"dropout", "lora_plus_ratio", b"lora_plus_ratio", "rank", b"rank", "use_dora", b"use_dora", "use_rslora", b"use_rslora"]) -> builtins.bool: ...
+    def ClearField(self, field_name: typing.Literal["_alpha", b"_alpha", "_dropout", b"_dropout", "_lora_plus_ratio", b"_lora_plus_ratio", "_rank", b"_rank", "_use_dora", b"_use_dora", "_use_rslora", b"_use_rslora", "alpha", b"alpha", "dropout", b"dropout", "init", b"init", "lora_plus_ratio", b"lora_plus_ratio", "modules_to_save", b"modules_to_save", "quantization", b"quantization", "rank", b"rank", "target_modules", b"target_modules", "use_dora", b"use_dora", "use_rslora", b"use_rslora"]) -> None: ...
     @typing.overload
     def WhichOneof(self, oneof_group: typing.Literal["_alpha", b"_alpha"]) -> typing.Literal["alpha"] | None: ...
     @typing.overload
     def WhichOneof(self, oneof_group: typing.Literal["_dropout", b"_dropout"]) -> typing.Literal["dropout"] | None: ...
     @typing.overload
+    def WhichOneof(self, oneof_group: typing.Literal["_lora_plus_ratio", b"_lora_plus_ratio"]) -> typing.Literal["lora_plus_ratio"] | None: ...
+    @typing.overload
     def WhichOneof(self, oneof_group: typing.Literal["_rank", b"_rank"]) -> typing.Literal["rank"] | None: ...
+    @typing.overload
+    def WhichOneof(self, oneof_group: typing.Literal["_use_dora", b"_use_dora"]) -> typing.Literal["use_dora"] | None: ...
+    @typing.overload
+    def WhichOneof(self, oneof_group: typing.Literal["_use_rslora", b"_use_rslora"]) -> typing.Literal["use_rslora"] | None: ...
 
 Global___Lora: typing_extensions.TypeAlias = Lora
 
 @typing.final
 class Full(google.protobuf.message.Message):
-    """Full fine-tuning: every weight is trained."""
+    """Full fine-tuning: every weight is trained, or those of the last layers."""
 
     DESCRIPTOR: google.protobuf.descriptor.Descriptor
 
+    TRAIN_LAST_LAYERS_FIELD_NUMBER: builtins.int
+    train_last_layers: builtins.int
+    """Only so many decoder layers at the end, the norm after them and the head are trained; 0: everything. Embeddings that
+    are tied to the head are the head's weight and trained with it. Default 0.
+    """
     def __init__(
         self,
+        *,
+        train_last_layers: builtins.int | None = ...,
     ) -> None: ...
+    def HasField(self, field_name: typing.Literal["_train_last_layers", b"_train_last_layers", "train_last_layers", b"train_last_layers"]) -> builtins.bool: ...
+    def ClearField(self, field_name: typing.Literal["_train_last_layers", b"_train_last_layers", "train_last_layers", b"train_last_layers"]) -> None: ...
+    def WhichOneof(self, oneof_group: typing.Literal["_train_last_layers", b"_train_last_layers"]) -> typing.Literal["train_last_layers"] | None: ...
 
 Global___Full: typing_extensions.TypeAlias = Full
 
@@ -580,6 +674,8 @@ class Hyperparameters(google.protobuf.message.Message):
     ADAM_BETA1_FIELD_NUMBER: builtins.int
     ADAM_BETA2_FIELD_NUMBER: builtins.int
     ADAM_EPSILON_FIELD_NUMBER: builtins.int
+    LABEL_SMOOTHING_FIELD_NUMBER: builtins.int
+    NEFTUNE_ALPHA_FIELD_NUMBER: builtins.int
     batch_size: builtins.int
     """Examples per optimizer step. How they are cut into micro-batches never changes the result. Default 16."""
     per_device_train_batch_size: builtins.int
@@ -607,7 +703,7 @@ class Hyperparameters(google.protobuf.message.Message):
     limit if lower.
     """
     seed: builtins.int
-    """Seed of the data order, the adapter's start and dropout. Default 0."""
+    """Seed of the data order, the adapter's start, dropout and NEFTune's noise. Default 0."""
     attn_implementation: builtins.str
     """The attention that the model runs with: `auto`, `sdpa` or `eager`; default `auto`, the fastest that is right."""
     log_every: builtins.int
@@ -620,6 +716,14 @@ class Hyperparameters(google.protobuf.message.Message):
     """AdamW's beta2. Default 0.999."""
     adam_epsilon: builtins.float
     """AdamW's epsilon. Default 1e-8."""
+    label_smoothing: builtins.float
+    """Share of each target's probability that is spread evenly over the vocabulary; training alone, no evaluation.
+    Default 0.
+    """
+    neftune_alpha: builtins.float
+    """Uniform noise of at most alpha / sqrt(tokens x width) on each example's input embeddings while training (NEFTune,
+    Jain et al. 2023); 0 turns it off. Default 0.
+    """
     def __init__(
         self,
         *,
@@ -642,9 +746,11 @@ class Hyperparameters(google.protobuf.message.Message):
         adam_beta1: builtins.float | None = ...,
         adam_beta2: builtins.float | None = ...,
         adam_epsilon: builtins.float | None = ...,
+        label_smoothing: builtins.float | None = ...,
+        neftune_alpha: builtins.float | None = ...,
     ) -> None: ...
-    def HasField(self, field_name: typing.Literal["_adam_beta1", b"_adam_beta1", "_adam_beta2", b"_adam_beta2", "_adam_epsilon", b"_adam_epsilon", "_batch_size", b"_batch_size", "_epochs", b"_epochs", "_gradient_accumulation_steps", b"_gradient_accumulation_steps", "_learning_rate", b"_learning_rate", "_log_every", b"_log_every", "_max_grad_norm", b"_max_grad_norm", "_max_length", b"_max_length", "_max_steps", b"_max_steps", "_per_device_train_batch_size", b"_per_device_train_batch_size", "_seed", b"_seed", "_warmup_ratio", b"_warmup_ratio", "_warmup_steps", b"_warmup_steps", "_weight_decay", b"_weight_decay", "adam_beta1", b"adam_beta1", "adam_beta2", b"adam_beta2", "adam_epsilon", b"adam_epsilon", "batch_size", b"batch_size", "epochs", b"epochs", "gradient_accumulation_steps", b"gradient_accumulation_steps", "learning_rate", b"learning_rate", "log_every", b"log_every", "max_grad_norm", b"max_grad_norm", "max_length", b"max_length", "max_steps", b"max_steps", "per_device_train_batch_size", b"per_device_train_batch_size", "seed", b"seed", "warmup_ratio", b"warmup_ratio", "warmup_steps", b"warmup_steps", "weight_decay", b"weight_decay"]) -> builtins.bool: ...
-    def ClearField(self, field_name: typing.Literal["_adam_beta1", b"_adam_beta1", "_adam_beta2", b"_adam_beta2", "_adam_epsilon", b"_adam_epsilon", "_batch_size", b"_batch_size", "_epochs", b"_epochs", "_gradient_accumulation_steps", b"_gradient_accumulation_steps", "_learning_rate", b"_learning_rate", "_log_every", b"_log_every", "_max_grad_norm", b"_max_grad_norm", "_max_length", b"_max_length", "_max_steps", b"_max_steps", "_per_device_train_batch_size", b"_per_device_train_batch_size", "_seed", b"_seed", "_warmup_ratio", b"_warmup_ratio", "_warmup_steps", b"_warmup_steps", "_weight_decay", b"_weight_decay", "adam_beta1", b"adam_beta1", "adam_beta2", b"adam_beta2", "adam_epsilon", b"adam_epsilon", "attn_implementation", b"attn_implementation", "batch_size", b"batch_size", "dtype", b"dtype", "epochs", b"epochs", "gradient_accumulation_steps", b"gradient_accumulation_steps", "learning_rate", b"learning_rate", "log_every", b"log_every", "lr_scheduler", b"lr_scheduler", "max_grad_norm", b"max_grad_norm", "max_length", b"max_length", "max_steps", b"max_steps", "per_device_train_batch_size", b"per_device_train_batch_size", "seed", b"seed", "warmup_ratio", b"warmup_ratio", "warmup_steps", b"warmup_steps", "weight_decay", b"weight_decay"]) -> None: ...
+    def HasField(self, field_name: typing.Literal["_adam_beta1", b"_adam_beta1", "_adam_beta2", b"_adam_beta2", "_adam_epsilon", b"_adam_epsilon", "_batch_size", b"_batch_size", "_epochs", b"_epochs", "_gradient_accumulation_steps", b"_gradient_accumulation_steps", "_label_smoothing", b"_label_smoothing", "_learning_rate", b"_learning_rate", "_log_every", b"_log_every", "_max_grad_norm", b"_max_grad_norm", "_max_length", b"_max_length", "_max_steps", b"_max_steps", "_neftune_alpha", b"_neftune_alpha", "_per_device_train_batch_size", b"_per_device_train_batch_size", "_seed", b"_seed", "_warmup_ratio", b"_warmup_ratio", "_warmup_steps", b"_warmup_steps", "_weight_decay", b"_weight_decay", "adam_beta1", b"adam_beta1", "adam_beta2", b"adam_beta2", "adam_epsilon", b"adam_epsilon", "batch_size", b"batch_size", "epochs", b"epochs", "gradient_accumulation_steps", b"gradient_accumulation_steps", "label_smoothing", b"label_smoothing", "learning_rate", b"learning_rate", "log_every", b"log_every", "max_grad_norm", b"max_grad_norm", "max_length", b"max_length", "max_steps", b"max_steps", "neftune_alpha", b"neftune_alpha", "per_device_train_batch_size", b"per_device_train_batch_size", "seed", b"seed", "warmup_ratio", b"warmup_ratio", "warmup_steps", b"warmup_steps", "weight_decay", b"weight_decay"]) -> builtins.bool: ...
+    def ClearField(self, field_name: typing.Literal["_adam_beta1", b"_adam_beta1", "_adam_beta2", b"_adam_beta2", "_adam_epsilon", b"_adam_epsilon", "_batch_size", b"_batch_size", "_epochs", b"_epochs", "_gradient_accumulation_steps", b"_gradient_accumulation_steps", "_label_smoothing", b"_label_smoothing", "_learning_rate", b"_learning_rate", "_log_every", b"_log_every", "_max_grad_norm", b"_max_grad_norm", "_max_length", b"_max_length", "_max_steps", b"_max_steps", "_neftune_alpha", b"_neftune_alpha", "_per_device_train_batch_size", b"_per_device_train_batch_size", "_seed", b"_seed", "_warmup_ratio", b"_warmup_ratio", "_warmup_steps", b"_warmup_steps", "_weight_decay", b"_weight_decay", "adam_beta1", b"adam_beta1", "adam_beta2", b"adam_beta2", "adam_epsilon", b"adam_epsilon", "attn_implementation", b"attn_implementation", "batch_size", b"batch_size", "dtype", b"dtype", "epochs", b"epochs", "gradient_accumulation_steps", b"gradient_accumulation_steps", "label_smoothing", b"label_smoothing", "learning_rate", b"learning_rate", "log_every", b"log_every", "lr_scheduler", b"lr_scheduler", "max_grad_norm", b"max_grad_norm", "max_length", b"max_length", "max_steps", b"max_steps", "neftune_alpha", b"neftune_alpha", "per_device_train_batch_size", b"per_device_train_batch_size", "seed", b"seed", "warmup_ratio", b"warmup_ratio", "warmup_steps", b"warmup_steps", "weight_decay", b"weight_decay"]) -> None: ...
     @typing.overload
     def WhichOneof(self, oneof_group: typing.Literal["_adam_beta1", b"_adam_beta1"]) -> typing.Literal["adam_beta1"] | None: ...
     @typing.overload
@@ -658,6 +764,8 @@ class Hyperparameters(google.protobuf.message.Message):
     @typing.overload
     def WhichOneof(self, oneof_group: typing.Literal["_gradient_accumulation_steps", b"_gradient_accumulation_steps"]) -> typing.Literal["gradient_accumulation_steps"] | None: ...
     @typing.overload
+    def WhichOneof(self, oneof_group: typing.Literal["_label_smoothing", b"_label_smoothing"]) -> typing.Literal["label_smoothing"] | None: ...
+    @typing.overload
     def WhichOneof(self, oneof_group: typing.Literal["_learning_rate", b"_learning_rate"]) -> typing.Literal["learning_rate"] | None: ...
     @typing.overload
     def WhichOneof(self, oneof_group: typing.Literal["_log_every", b"_log_every"]) -> typing.Literal["log_every"] | None: ...
@@ -667,6 +775,8 @@ class Hyperparameters(google.protobuf.message.Message):
     def WhichOneof(self, oneof_group: typing.Literal["_max_length", b"_max_length"]) -> typing.Literal["max_length"] | None: ...
     @typing.overload
     def WhichOneof(self, oneof_group: typing.Literal["_max_steps", b"_max_steps"]) -> typing.Literal["max_steps"] | None: ...
+    @typing.overload
+    def WhichOneof(self, oneof_group: typing.Literal["_neftune_alpha", b"_neftune_alpha"]) -> typing.Literal["neftune_alpha"] | None: ...
     @typing.overload
     def WhichOneof(self, oneof_group: typing.Literal["_per_device_train_batch_size", b"_per_device_train_batch_size"]) -> typing.Literal["per_device_train_batch_size"] | None: ...
     @typing.overload
