@@ -79,6 +79,10 @@ def cross_violations(spec: JobSpec) -> Iterator[Violation]:
         yield Violation(f"{path}.epochs", "epochs and max_steps are both 0: nothing would be trained")
     if numbers.HasField("warmup_steps") and numbers.HasField("warmup_ratio"):
         yield Violation(f"{path}.warmup_ratio", "give warmup_steps or warmup_ratio, not both")
+    if numbers.HasField("decay_ratio") and numbers.lr_scheduler != LrScheduler.LR_SCHEDULER_WARMUP_STABLE_DECAY:
+        yield Violation(f"{path}.decay_ratio", "is a setting of lr_scheduler warmup_stable_decay alone")
+    if numbers.min_learning_rate_ratio and numbers.lr_scheduler == LrScheduler.LR_SCHEDULER_CONSTANT:
+        yield Violation(f"{path}.min_learning_rate_ratio", "has no meaning where the learning rate is constant")
     parts = _micro(numbers)
     if parts and numbers.HasField("batch_size") and numbers.batch_size != parts:
         yield Violation(
@@ -204,6 +208,10 @@ def _resolve_hyperparameters(task: FineTuneTask, max_positions: int) -> None:
     _default(numbers, "weight_decay", 0.0)
     if numbers.lr_scheduler == LrScheduler.LR_SCHEDULER_UNSPECIFIED:
         numbers.lr_scheduler = LrScheduler.LR_SCHEDULER_COSINE
+    if numbers.lr_scheduler == LrScheduler.LR_SCHEDULER_WARMUP_STABLE_DECAY:
+        _default(numbers, "decay_ratio", 0.1)
+    if numbers.lr_scheduler != LrScheduler.LR_SCHEDULER_CONSTANT:
+        _default(numbers, "min_learning_rate_ratio", 0.0)
     if not numbers.HasField("warmup_steps"):
         _default(numbers, "warmup_ratio", 0.03)
     _default(numbers, "max_grad_norm", 1.0)

@@ -33,6 +33,8 @@ class Settings:
     scheduler: job_pb2.LrScheduler.ValueType
     warmup_steps: int | None
     warmup_ratio: float | None
+    decay_ratio: float
+    min_rate_ratio: float
     adam: AdamSettings
     epochs: float | None
     max_steps: int | None
@@ -113,6 +115,8 @@ def read_settings(task: TrainerTask) -> Settings:
         scheduler=numbers.lr_scheduler,
         warmup_steps=numbers.warmup_steps if numbers.HasField("warmup_steps") else None,
         warmup_ratio=numbers.warmup_ratio if numbers.HasField("warmup_ratio") else None,
+        decay_ratio=numbers.decay_ratio if numbers.HasField("decay_ratio") else 0.1,
+        min_rate_ratio=numbers.min_learning_rate_ratio,
         adam=_adam(numbers),
         epochs=numbers.epochs if numbers.HasField("epochs") else None,
         max_steps=numbers.max_steps if numbers.HasField("max_steps") else None,

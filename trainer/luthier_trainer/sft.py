@@ -22,7 +22,7 @@ from luthier_trainer.report import Reporter, checkpoint_saved
 from luthier_trainer.room import with_room
 from luthier_trainer.sample import answer
 from luthier_trainer.save import save_model
-from luthier_trainer.schedule import learning_rate
+from luthier_trainer.schedule import decay_steps, learning_rate
 from luthier_trainer.state import step_of, verified_state
 from luthier_trainer.stop import Check, StopRequested, check_of
 
@@ -118,7 +118,13 @@ def _make_step(job: Job, check: Check) -> None:
     examples = [example for index in rows for example in job.rows.examples(int(index))]
     loss, tokens = _accumulate(job, examples, check)
     rate = learning_rate(
-        settings.peak_rate, settings.scheduler, counters.step, warmup=job.warmup, total_steps=job.total_steps
+        settings.peak_rate,
+        settings.scheduler,
+        counters.step,
+        warmup=job.warmup,
+        total_steps=job.total_steps,
+        decay=decay_steps(job.total_steps, settings.decay_ratio),
+        floor=settings.min_rate_ratio,
     )
     norm = float(job.optimizer.step(rate)) if math.isfinite(loss) else math.nan
     if not math.isfinite(norm):

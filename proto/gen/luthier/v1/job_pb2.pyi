@@ -86,11 +86,15 @@ class _LrSchedulerEnumTypeWrapper(google.protobuf.internal.enum_type_wrapper._En
     LR_SCHEDULER_UNSPECIFIED: _LrScheduler.ValueType  # 0
     """The server decides: cosine."""
     LR_SCHEDULER_COSINE: _LrScheduler.ValueType  # 1
-    """Half a cosine down to 0."""
+    """Half a cosine down to the floor."""
     LR_SCHEDULER_LINEAR: _LrScheduler.ValueType  # 2
-    """A straight line down to 0."""
+    """A straight line down to the floor."""
     LR_SCHEDULER_CONSTANT: _LrScheduler.ValueType  # 3
     """No decay."""
+    LR_SCHEDULER_WARMUP_STABLE_DECAY: _LrScheduler.ValueType  # 4
+    """No decay but for the last decay_ratio of all steps: there a straight line down to the floor. Its warmup begins at
+    the floor.
+    """
 
 class LrScheduler(_LrScheduler, metaclass=_LrSchedulerEnumTypeWrapper):
     """The shape of the learning rate after its warmup."""
@@ -98,11 +102,15 @@ class LrScheduler(_LrScheduler, metaclass=_LrSchedulerEnumTypeWrapper):
 LR_SCHEDULER_UNSPECIFIED: LrScheduler.ValueType  # 0
 """The server decides: cosine."""
 LR_SCHEDULER_COSINE: LrScheduler.ValueType  # 1
-"""Half a cosine down to 0."""
+"""Half a cosine down to the floor."""
 LR_SCHEDULER_LINEAR: LrScheduler.ValueType  # 2
-"""A straight line down to 0."""
+"""A straight line down to the floor."""
 LR_SCHEDULER_CONSTANT: LrScheduler.ValueType  # 3
 """No decay."""
+LR_SCHEDULER_WARMUP_STABLE_DECAY: LrScheduler.ValueType  # 4
+"""No decay but for the last decay_ratio of all steps: there a straight line down to the floor. Its warmup begins at
+the floor.
+"""
 Global___LrScheduler: typing_extensions.TypeAlias = LrScheduler
 
 class _Dtype:
@@ -580,6 +588,8 @@ class Hyperparameters(google.protobuf.message.Message):
     ADAM_BETA1_FIELD_NUMBER: builtins.int
     ADAM_BETA2_FIELD_NUMBER: builtins.int
     ADAM_EPSILON_FIELD_NUMBER: builtins.int
+    DECAY_RATIO_FIELD_NUMBER: builtins.int
+    MIN_LEARNING_RATE_RATIO_FIELD_NUMBER: builtins.int
     batch_size: builtins.int
     """Examples per optimizer step. How they are cut into micro-batches never changes the result. Default 16."""
     per_device_train_batch_size: builtins.int
@@ -620,6 +630,10 @@ class Hyperparameters(google.protobuf.message.Message):
     """AdamW's beta2. Default 0.999."""
     adam_epsilon: builtins.float
     """AdamW's epsilon. Default 1e-8."""
+    decay_ratio: builtins.float
+    """Share of all steps, at the end, in which warmup_stable_decay decays; other schedules have none. Default 0.1."""
+    min_learning_rate_ratio: builtins.float
+    """The floor of the learning rate, as a share of its peak; not of the constant schedule. Default 0."""
     def __init__(
         self,
         *,
@@ -642,9 +656,11 @@ class Hyperparameters(google.protobuf.message.Message):
         adam_beta1: builtins.float | None = ...,
         adam_beta2: builtins.float | None = ...,
         adam_epsilon: builtins.float | None = ...,
+        decay_ratio: builtins.float | None = ...,
+        min_learning_rate_ratio: builtins.float | None = ...,
     ) -> None: ...
-    def HasField(self, field_name: typing.Literal["_adam_beta1", b"_adam_beta1", "_adam_beta2", b"_adam_beta2", "_adam_epsilon", b"_adam_epsilon", "_batch_size", b"_batch_size", "_epochs", b"_epochs", "_gradient_accumulation_steps", b"_gradient_accumulation_steps", "_learning_rate", b"_learning_rate", "_log_every", b"_log_every", "_max_grad_norm", b"_max_grad_norm", "_max_length", b"_max_length", "_max_steps", b"_max_steps", "_per_device_train_batch_size", b"_per_device_train_batch_size", "_seed", b"_seed", "_warmup_ratio", b"_warmup_ratio", "_warmup_steps", b"_warmup_steps", "_weight_decay", b"_weight_decay", "adam_beta1", b"adam_beta1", "adam_beta2", b"adam_beta2", "adam_epsilon", b"adam_epsilon", "batch_size", b"batch_size", "epochs", b"epochs", "gradient_accumulation_steps", b"gradient_accumulation_steps", "learning_rate", b"learning_rate", "log_every", b"log_every", "max_grad_norm", b"max_grad_norm", "max_length", b"max_length", "max_steps", b"max_steps", "per_device_train_batch_size", b"per_device_train_batch_size", "seed", b"seed", "warmup_ratio", b"warmup_ratio", "warmup_steps", b"warmup_steps", "weight_decay", b"weight_decay"]) -> builtins.bool: ...
-    def ClearField(self, field_name: typing.Literal["_adam_beta1", b"_adam_beta1", "_adam_beta2", b"_adam_beta2", "_adam_epsilon", b"_adam_epsilon", "_batch_size", b"_batch_size", "_epochs", b"_epochs", "_gradient_accumulation_steps", b"_gradient_accumulation_steps", "_learning_rate", b"_learning_rate", "_log_every", b"_log_every", "_max_grad_norm", b"_max_grad_norm", "_max_length", b"_max_length", "_max_steps", b"_max_steps", "_per_device_train_batch_size", b"_per_device_train_batch_size", "_seed", b"_seed", "_warmup_ratio", b"_warmup_ratio", "_warmup_steps", b"_warmup_steps", "_weight_decay", b"_weight_decay", "adam_beta1", b"adam_beta1", "adam_beta2", b"adam_beta2", "adam_epsilon", b"adam_epsilon", "attn_implementation", b"attn_implementation", "batch_size", b"batch_size", "dtype", b"dtype", "epochs", b"epochs", "gradient_accumulation_steps", b"gradient_accumulation_steps", "learning_rate", b"learning_rate", "log_every", b"log_every", "lr_scheduler", b"lr_scheduler", "max_grad_norm", b"max_grad_norm", "max_length", b"max_length", "max_steps", b"max_steps", "per_device_train_batch_size", b"per_device_train_batch_size", "seed", b"seed", "warmup_ratio", b"warmup_ratio", "warmup_steps", b"warmup_steps", "weight_decay", b"weight_decay"]) -> None: ...
+    def HasField(self, field_name: typing.Literal["_adam_beta1", b"_adam_beta1", "_adam_beta2", b"_adam_beta2", "_adam_epsilon", b"_adam_epsilon", "_batch_size", b"_batch_size", "_decay_ratio", b"_decay_ratio", "_epochs", b"_epochs", "_gradient_accumulation_steps", b"_gradient_accumulation_steps", "_learning_rate", b"_learning_rate", "_log_every", b"_log_every", "_max_grad_norm", b"_max_grad_norm", "_max_length", b"_max_length", "_max_steps", b"_max_steps", "_min_learning_rate_ratio", b"_min_learning_rate_ratio", "_per_device_train_batch_size", b"_per_device_train_batch_size", "_seed", b"_seed", "_warmup_ratio", b"_warmup_ratio", "_warmup_steps", b"_warmup_steps", "_weight_decay", b"_weight_decay", "adam_beta1", b"adam_beta1", "adam_beta2", b"adam_beta2", "adam_epsilon", b"adam_epsilon", "batch_size", b"batch_size", "decay_ratio", b"decay_ratio", "epochs", b"epochs", "gradient_accumulation_steps", b"gradient_accumulation_steps", "learning_rate", b"learning_rate", "log_every", b"log_every", "max_grad_norm", b"max_grad_norm", "max_length", b"max_length", "max_steps", b"max_steps", "min_learning_rate_ratio", b"min_learning_rate_ratio", "per_device_train_batch_size", b"per_device_train_batch_size", "seed", b"seed", "warmup_ratio", b"warmup_ratio", "warmup_steps", b"warmup_steps", "weight_decay", b"weight_decay"]) -> builtins.bool: ...
+    def ClearField(self, field_name: typing.Literal["_adam_beta1", b"_adam_beta1", "_adam_beta2", b"_adam_beta2", "_adam_epsilon", b"_adam_epsilon", "_batch_size", b"_batch_size", "_decay_ratio", b"_decay_ratio", "_epochs", b"_epochs", "_gradient_accumulation_steps", b"_gradient_accumulation_steps", "_learning_rate", b"_learning_rate", "_log_every", b"_log_every", "_max_grad_norm", b"_max_grad_norm", "_max_length", b"_max_length", "_max_steps", b"_max_steps", "_min_learning_rate_ratio", b"_min_learning_rate_ratio", "_per_device_train_batch_size", b"_per_device_train_batch_size", "_seed", b"_seed", "_warmup_ratio", b"_warmup_ratio", "_warmup_steps", b"_warmup_steps", "_weight_decay", b"_weight_decay", "adam_beta1", b"adam_beta1", "adam_beta2", b"adam_beta2", "adam_epsilon", b"adam_epsilon", "attn_implementation", b"attn_implementation", "batch_size", b"batch_size", "decay_ratio", b"decay_ratio", "dtype", b"dtype", "epochs", b"epochs", "gradient_accumulation_steps", b"gradient_accumulation_steps", "learning_rate", b"learning_rate", "log_every", b"log_every", "lr_scheduler", b"lr_scheduler", "max_grad_norm", b"max_grad_norm", "max_length", b"max_length", "max_steps", b"max_steps", "min_learning_rate_ratio", b"min_learning_rate_ratio", "per_device_train_batch_size", b"per_device_train_batch_size", "seed", b"seed", "warmup_ratio", b"warmup_ratio", "warmup_steps", b"warmup_steps", "weight_decay", b"weight_decay"]) -> None: ...
     @typing.overload
     def WhichOneof(self, oneof_group: typing.Literal["_adam_beta1", b"_adam_beta1"]) -> typing.Literal["adam_beta1"] | None: ...
     @typing.overload
@@ -653,6 +669,8 @@ class Hyperparameters(google.protobuf.message.Message):
     def WhichOneof(self, oneof_group: typing.Literal["_adam_epsilon", b"_adam_epsilon"]) -> typing.Literal["adam_epsilon"] | None: ...
     @typing.overload
     def WhichOneof(self, oneof_group: typing.Literal["_batch_size", b"_batch_size"]) -> typing.Literal["batch_size"] | None: ...
+    @typing.overload
+    def WhichOneof(self, oneof_group: typing.Literal["_decay_ratio", b"_decay_ratio"]) -> typing.Literal["decay_ratio"] | None: ...
     @typing.overload
     def WhichOneof(self, oneof_group: typing.Literal["_epochs", b"_epochs"]) -> typing.Literal["epochs"] | None: ...
     @typing.overload
@@ -667,6 +685,8 @@ class Hyperparameters(google.protobuf.message.Message):
     def WhichOneof(self, oneof_group: typing.Literal["_max_length", b"_max_length"]) -> typing.Literal["max_length"] | None: ...
     @typing.overload
     def WhichOneof(self, oneof_group: typing.Literal["_max_steps", b"_max_steps"]) -> typing.Literal["max_steps"] | None: ...
+    @typing.overload
+    def WhichOneof(self, oneof_group: typing.Literal["_min_learning_rate_ratio", b"_min_learning_rate_ratio"]) -> typing.Literal["min_learning_rate_ratio"] | None: ...
     @typing.overload
     def WhichOneof(self, oneof_group: typing.Literal["_per_device_train_batch_size", b"_per_device_train_batch_size"]) -> typing.Literal["per_device_train_batch_size"] | None: ...
     @typing.overload
