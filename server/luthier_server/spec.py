@@ -12,12 +12,15 @@ from google.protobuf.message import Message
 
 from luthier.v1.dataset_pb2 import DatasetFormat
 from luthier.v1.job_pb2 import (
+    EarlyStopping,
     Evaluation,
+    EvaluationMetric,
     FineTuneTask,
     Hyperparameters,
     JobSpec,
     Lora,
     LrScheduler,
+    SamplesAt,
     Sft,
 )
 from luthier.v1.tokenization_pb2 import Overlong, Tokenization, TrainOn
@@ -100,6 +103,17 @@ def cross_violations(spec: JobSpec) -> Iterator[Violation]:
         yield Violation("spec.fine_tune.evaluation.every_epochs", "give every_steps or every_epochs, not both")
     if _evaluates(task.evaluation) and not (task.validation_dataset or task.validation_fraction):
         yield Violation("spec.fine_tune.evaluation", "needs data: set validation_dataset or validation_fraction")
+
+    if not (task.validation_dataset or task.validation_fraction):
+        for field, given in (
+            ("evaluation.early_stopping", task.evaluation.HasField("early_stopping")),
+            ("evaluation.samples_at", task.evaluation.samples_at == SamplesAt.SAMPLES_AT_EACH_EVALUATION),
+            ("checkpoints.keep_best", task.checkpoints.keep_best),
+        ):
+            if given:
+                yield Violation(
+                    f"spec.fine_tune.{field}", "needs evaluations: set validation_dataset or validation_fraction"
+                )
 
 
 def tokenization_violations(tokenization: Tokenization, path: str) -> Iterator[Violation]:
@@ -185,10 +199,22 @@ def resolved(spec: JobSpec, *, rows: int, max_positions: int, row_format: Datase
     _resolve_tokenization(task.tokenization, row_format)
     _default(task.checkpoints, "every_steps", max(50, math.ceil(steps(task, rows) / 10)))
     _default(task.checkpoints, "keep", 2)
+    _default(task.checkpoints, "keep_best", False)
     if (task.validation_dataset or task.validation_fraction) and not _evaluates(task.evaluation):
         task.evaluation.every_epochs = 1
     _default(task.evaluation, "sample_max_tokens", 128)
+    if task.evaluation.samples_at == SamplesAt.SAMPLES_AT_UNSPECIFIED:
+        task.evaluation.samples_at = SamplesAt.SAMPLES_AT_ENDS
+    if task.evaluation.HasField("early_stopping"):
+        _resolve_early_stopping(task.evaluation.early_stopping)
     return full
+
+
+def _resolve_early_stopping(stopping: EarlyStopping) -> None:
+    _default(stopping, "patience", 3)
+    _default(stopping, "min_delta", 0.0)
+    if stopping.metric == EvaluationMetric.EVALUATION_METRIC_UNSPECIFIED:
+        stopping.metric = EvaluationMetric.EVALUATION_METRIC_LOSS
 
 
 def _resolve_lora(lora: Lora) -> None:

@@ -48,7 +48,9 @@ class Job:
     """The parts of a job. `counters`, `batches` (its budget shrinks when memory runs out) and `saved` change; the rest
     is decided once. `saved` names the newest checkpoint's step and directory; step 0 needs none. `resumed` is what the
     checkpoint said that was taken up. Of the steps up to `told` everything was reported, -1 for nothing at all, and
-    those of `left_out` are made without an update: see `divergence`."""
+    those of `left_out` are made without an update: see `divergence`. `untold` is the newest step's report when
+    `log_every` kept it back; `holds` is the step of the weights once the best ones were taken, None for those of
+    the last step."""
 
     task: TrainerTask
     settings: Settings
@@ -74,6 +76,8 @@ class Job:
     saved: tuple[int, str]
     resumed: State | None
     told: int = -1
+    untold: event_pb2.StepCompleted | None = None
+    holds: int | None = None
     left_out: frozenset[int] = frozenset()
 
     @property

@@ -11,7 +11,7 @@ import torch
 from luthier.trainer.v1.report_pb2 import Finished, Stopped
 from luthier.trainer.v1.task_pb2 import TrainerTask
 from luthier.v1 import event_pb2
-from luthier_trainer import checkpoint, recheck
+from luthier_trainer import best, checkpoint, recheck
 from luthier_trainer.config import read_places, read_settings
 from luthier_trainer.control import Control
 from luthier_trainer.divergence import Carried, Diverged, leave_out, leave_out_empty, roll_back
@@ -46,10 +46,14 @@ def train(task: TrainerTask, reporter: Reporter, control: Control) -> Finished |
         try:
             job = set_up(task, settings, places, reporter, check)
             if carried is None:
+                best.take_up(job)
                 _introduce(job)
             else:
                 carried.hand_to(job)
             _train(job, check)
+            best.take_the_best(job, _save_checkpoint)
+            if job.counters.step > 0:
+                _sample(job, check)
             check()
             return _finish(job)
         except StopRequested:
@@ -94,14 +98,30 @@ def _train(job: Job, check: Check) -> None:
     while counters.step < job.total_steps:
         if _evaluation_is_due(job):  # only true here when a stop came before it
             _evaluate(job, check)
+        if best.stops(job):
+            _stop_early(job)
+            break
+        if _sample_is_due(job):
+            _sample(job, check)
         _make_step(job, check)
         if _evaluation_is_due(job):
             _evaluate(job, check)
         if counters.step % every == 0:
             _save_checkpoint(job)
     _evaluate(job, check)
-    if counters.step > 0:
-        _sample(job, check)
+
+
+def _stop_early(job: Job) -> None:
+    """Tells that training ends before its last step, and where."""
+    if job.untold is not None:
+        job.reporter.report(job.untold)
+        job.untold = None
+    standing = job.counters.standing
+    message = (
+        f"stopped early at step {job.counters.step} of {job.total_steps}: {standing.unimproved} evaluations without"
+        f" improvement, the best at step {standing.best_step}"
+    )
+    job.reporter.report(event_pb2.LogEmitted(level=event_pb2.LOG_LEVEL_INFO, message=message))
 
 
 def _make_step(job: Job, check: Check) -> None:
@@ -140,20 +160,20 @@ def _make_step(job: Job, check: Check) -> None:
     if counters.step <= job.told:
         return
     job.told = counters.step
+    job.untold = event_pb2.StepCompleted(
+        step=counters.step,
+        total_steps=job.total_steps,
+        epoch=job.epoch,
+        loss=loss,
+        learning_rate=rate,
+        grad_norm=norm,
+        tokens_per_second=job.throughput.tokens_per_second,
+        trained_tokens=counters.trained_tokens,
+        computed_tokens=counters.computed_tokens,
+    )
     if counters.step % settings.log_every == 0 or counters.step in (1, job.total_steps):
-        job.reporter.report(
-            event_pb2.StepCompleted(
-                step=counters.step,
-                total_steps=job.total_steps,
-                epoch=job.epoch,
-                loss=loss,
-                learning_rate=rate,
-                grad_norm=norm,
-                tokens_per_second=job.throughput.tokens_per_second,
-                trained_tokens=counters.trained_tokens,
-                computed_tokens=counters.computed_tokens,
-            )
-        )
+        job.reporter.report(job.untold)
+        job.untold = None
 
 
 def _accumulate(job: Job, examples: Sequence[Example], check: Check) -> tuple[float, int]:
@@ -226,7 +246,16 @@ def _evaluate(job: Job, check: Check) -> None:
     counters.evaluation["eval_loss"] = result.loss
     counters.evaluation["eval_token_accuracy"] = result.token_accuracy
     counters.evaluated_step = counters.step
+    result.best = counters.step > 0 and best.judge(job, result)
     job.reporter.report(result)
+    if result.best and job.settings.keep_best:
+        _save_checkpoint(job)
+
+
+def _sample_is_due(job: Job) -> bool:
+    counters = job.counters
+    evaluated = counters.evaluated_step == counters.step > max(counters.sampled_step, 0)
+    return job.settings.sample_each_evaluation and evaluated
 
 
 def _sample(job: Job, check: Check) -> None:
@@ -244,7 +273,9 @@ def _sample(job: Job, check: Check) -> None:
         attention=job.generation_attention,
         check=check,
     )
-    job.reporter.report(event_pb2.SamplesGenerated(step=job.counters.step, samples=samples))
+    step = job.counters.step if job.holds is None else job.holds
+    job.reporter.report(event_pb2.SamplesGenerated(step=step, samples=samples))
+    job.counters.sampled_step = job.counters.step
 
 
 def _save_checkpoint(job: Job) -> str:
@@ -275,6 +306,7 @@ def _finish(job: Job) -> Finished:
         "trained_tokens": float(counters.trained_tokens),
         "training_seconds": counters.seconds,
         **counters.evaluation,
+        **best.metrics(job),
     }
     if counters.step == 0:
         del metrics["train_loss"], metrics["final_loss"]
@@ -283,4 +315,4 @@ def _finish(job: Job) -> Finished:
     if counters.empty:
         metrics["empty_steps"] = float(counters.empty)
     size = with_room(job, lambda: save_model(job, metrics))
-    return Finished(step=counters.step, size_bytes=size, metrics=metrics)
+    return Finished(step=counters.step if job.holds is None else job.holds, size_bytes=size, metrics=metrics)

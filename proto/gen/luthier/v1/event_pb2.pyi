@@ -481,6 +481,7 @@ class EvaluationCompleted(google.protobuf.message.Message):
     TOKEN_ACCURACY_FIELD_NUMBER: builtins.int
     SCORED_TOKENS_FIELD_NUMBER: builtins.int
     ROWS_FIELD_NUMBER: builtins.int
+    BEST_FIELD_NUMBER: builtins.int
     step: builtins.int
     """The step after which it was evaluated; 0 is the base model."""
     epoch: builtins.float
@@ -495,6 +496,8 @@ class EvaluationCompleted(google.protobuf.message.Message):
     """Scored tokens."""
     rows: builtins.int
     """Rows."""
+    best: builtins.bool
+    """Whether it is the best so far, by evaluation.early_stopping.metric; never at step 0."""
     def __init__(
         self,
         *,
@@ -505,8 +508,9 @@ class EvaluationCompleted(google.protobuf.message.Message):
         token_accuracy: builtins.float = ...,
         scored_tokens: builtins.int = ...,
         rows: builtins.int = ...,
+        best: builtins.bool = ...,
     ) -> None: ...
-    def ClearField(self, field_name: typing.Literal["epoch", b"epoch", "loss", b"loss", "perplexity", b"perplexity", "rows", b"rows", "scored_tokens", b"scored_tokens", "step", b"step", "token_accuracy", b"token_accuracy"]) -> None: ...
+    def ClearField(self, field_name: typing.Literal["best", b"best", "epoch", b"epoch", "loss", b"loss", "perplexity", b"perplexity", "rows", b"rows", "scored_tokens", b"scored_tokens", "step", b"step", "token_accuracy", b"token_accuracy"]) -> None: ...
 
 Global___EvaluationCompleted: typing_extensions.TypeAlias = EvaluationCompleted
 
