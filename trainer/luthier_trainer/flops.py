@@ -9,7 +9,7 @@ all, a causal pair counted once. Padding, recomputation and unscored logits coun
 
 from collections.abc import Iterable
 from dataclasses import dataclass
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, Any
 
 if TYPE_CHECKING:
     from luthier_trainer.flatten import Example
@@ -42,6 +42,16 @@ def attention_per_pair(layers: int, width: int) -> float:
     return 12.0 * layers * width
 
 
+def _weights(module: Any) -> int:
+    """Weights of a linear layer as it is without quantisation; 0 for anything else, and for PEFT's wrappers, whose
+    layers are modules of their own."""
+    if hasattr(module, "base_layer") or hasattr(module, "original_module"):
+        return 0
+    if type(module).__name__ == "Conv1D":  # transformers' own linear layer of GPT-2
+        return int(module.weight.numel())
+    return int(getattr(module, "in_features", 0) * getattr(module, "out_features", 0))
+
+
 def operations(trained: "Trained") -> Operations | None:
     """Of a model that is trained, read from its modules; None for one whose tokens take different ways (a mixture of
     experts), which this count does not know. A sliding window is not taken into account."""
@@ -53,14 +63,11 @@ def operations(trained: "Trained") -> Operations | None:
     in_head = {id(each) for each in head.modules()} if head is not None else set()
     per_token = per_scored = 0.0
     for name, module in model.named_modules():
-        adapts = "lora_" in name
-        shape = (getattr(module, "in_features", 0), getattr(module, "out_features", 0))
         weight = getattr(module, "weight", None)
-        if not all(shape) or weight is None or hasattr(module, "base_layer"):  # a wrapper's layer is counted itself
+        amount = _weights(module)
+        if weight is None or not amount or name.endswith("original_module"):  # what a module saved whole replaces
             continue
-        if ".original_module" in f".{name}":  # what a module saved whole replaces
-            continue
-        amount = shape[0] * shape[1] * (TRAINED if adapts or weight.requires_grad else FROZEN)
+        amount *= TRAINED if weight.requires_grad else FROZEN
         if id(module) in in_head:
             per_scored += amount
         else:

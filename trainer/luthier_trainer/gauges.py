@@ -7,7 +7,7 @@ from pathlib import Path
 
 import torch
 
-_CPU_SIZE, _CUDA_SIZE = 768, 8192
+_CPU_SIZE, _CUDA_SIZE = 640, 8192
 _SECONDS = 0.05
 
 
@@ -43,6 +43,8 @@ def readings(device: torch.device) -> dict[str, float]:
             found["memory_bytes"] = float(pages * os.sysconf("SC_PAGE_SIZE"))
         return found
     found["gpu_memory_bytes"] = float(torch.cuda.max_memory_allocated(device))
-    with contextlib.suppress(ImportError, RuntimeError, OSError):  # needs pynvml and a driver that answers
+    with contextlib.suppress(
+        Exception
+    ):  # no pynvml, no driver, not on this device: pynvml's errors share no other base
         found["gpu_utilization"] = torch.cuda.utilization(device) / 100
     return found

@@ -21,7 +21,9 @@ from luthier_trainer.data.tokens import tokenised
 from luthier_trainer.data.tokens.task import tokens_for
 from luthier_trainer.data.tokens.tokenised import TokenisedRows
 from luthier_trainer.errors import TrainingError
+from luthier_trainer.flops import Operations, operations
 from luthier_trainer.forward import Forward
+from luthier_trainer.gauges import peak_flops
 from luthier_trainer.masters import Masters
 from luthier_trainer.model import Trained, adapter_rank, load_base, prepare
 from luthier_trainer.optimizer import Optimizer
@@ -71,6 +73,8 @@ class Job:
     warmup: int
     batches: Batches
     throughput: Throughput
+    operations: Operations | None
+    peak_flops: float
     notes: list[str]
     counters: Counters
     saved: tuple[int, str]
@@ -116,6 +120,7 @@ class Job:
             threads=self.compute.threads,
             truncated_rows=self.rows.truncated,
             notes=self.notes,
+            peak_flops=self.peak_flops,
         )
 
 
@@ -187,6 +192,8 @@ def set_up(task: TrainerTask, settings: Settings, places: Places, reporter: Repo
         warmup=warmup_steps(total, settings.warmup_steps, settings.warmup_ratio),
         batches=Batches(forward.documents, budget, tokenizer.pad_token_id or 0, compute.device),
         throughput=Throughput(),
+        operations=operations(trained),
+        peak_flops=peak_flops(compute.device, compute.dtype),
         notes=[*compute.notes, *notes, *_adapter_notes(task, settings, trained), *_row_notes(rows)],
         counters=resumed.counters if resumed else Counters(),
         saved=(resumed.counters.step, places.resume_from.name) if resumed and places.resume_from else (0, ""),

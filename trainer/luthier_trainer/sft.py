@@ -17,6 +17,7 @@ from luthier_trainer.control import Control
 from luthier_trainer.divergence import Carried, Diverged, leave_out, leave_out_empty, roll_back
 from luthier_trainer.evaluate import evaluate
 from luthier_trainer.flatten import Example, scored_tokens
+from luthier_trainer.gauges import readings
 from luthier_trainer.job import Job, set_up
 from luthier_trainer.report import Reporter, checkpoint_saved
 from luthier_trainer.room import with_room
@@ -111,11 +112,20 @@ def _train(job: Job, check: Check) -> None:
     _evaluate(job, check)
 
 
+def _tell_step(job: Job) -> None:
+    """Reports the newest step, unless that was done."""
+    if job.untold is None:
+        return
+    if job.operations and job.peak_flops:
+        job.untold.metrics["mfu"] = job.throughput.operations_per_second / job.peak_flops
+    job.untold.metrics.update(readings(job.compute.device))
+    job.reporter.report(job.untold)
+    job.untold = None
+
+
 def _stop_early(job: Job) -> None:
     """Tells that training ends before its last step, and where."""
-    if job.untold is not None:
-        job.reporter.report(job.untold)
-        job.untold = None
+    _tell_step(job)
     standing = job.counters.standing
     message = (
         f"stopped early at step {job.counters.step} of {job.total_steps}: {standing.unimproved} evaluations without"
@@ -156,7 +166,7 @@ def _make_step(job: Job, check: Check) -> None:
     counters.trained_tokens += tokens
     counters.loss_total += loss
     counters.last_loss = loss
-    counters.seconds += job.throughput.stop(tokens)
+    counters.seconds += job.throughput.stop(tokens, job.operations.of_examples(examples) if job.operations else 0.0)
     if counters.step <= job.told:
         return
     job.told = counters.step
@@ -172,8 +182,7 @@ def _make_step(job: Job, check: Check) -> None:
         computed_tokens=counters.computed_tokens,
     )
     if counters.step % settings.log_every == 0 or counters.step in (1, job.total_steps):
-        job.reporter.report(job.untold)
-        job.untold = None
+        _tell_step(job)
 
 
 def _accumulate(job: Job, examples: Sequence[Example], check: Check) -> tuple[float, int]:

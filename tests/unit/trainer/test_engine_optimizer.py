@@ -53,7 +53,7 @@ def test_floors_equal_those_of_transformers(warmup: int, total: int, floor: floa
     def expected(make: Callable[..., LRScheduler], **settings: float) -> list[float]:
         adam = torch.optim.AdamW([nn.Parameter(torch.zeros(1))], lr=3e-4)
         scheduler = make(adam, num_warmup_steps=warmup, num_training_steps=total, **settings)
-        rates = []
+        rates: list[float] = []
         for _ in range(total):
             rates += map(float, scheduler.get_last_lr())
             adam.step()
