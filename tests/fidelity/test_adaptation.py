@@ -217,7 +217,7 @@ def test_smoothed_chunks_have_the_gradients_of_the_whole(monkeypatch: pytest.Mon
     trained = (hidden, weight, bias)
     logits = F.linear(hidden, weight, bias)
     expected = F.cross_entropy(logits, targets, reduction="sum", label_smoothing=smoothing) * 0.3
-    found = scored_cross_entropy(hidden, weight, bias, targets, smoothing) * 0.3
+    found = scored_cross_entropy(hidden, weight, bias, targets, smoothing=smoothing) * 0.3
     assert float(found.detach()) == pytest.approx(float(expected.detach()), rel=1e-12)
     for ours, theirs in zip(torch.autograd.grad(found, trained), torch.autograd.grad(expected, trained), strict=True):
         torch.testing.assert_close(ours, theirs, rtol=1e-10, atol=1e-12)

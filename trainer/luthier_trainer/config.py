@@ -27,6 +27,15 @@ class LoraSettings:
 
 
 @dataclass(frozen=True)
+class Judging:
+    """What evaluations are judged by. `patience` of None: they never end training."""
+
+    by_accuracy: bool = False
+    patience: int | None = None
+    min_delta: float = 0.0
+
+
+@dataclass(frozen=True)
 class Settings:
     """A fine-tuning job, every number decided but those that need the data: `every_*` of None mean never, `epochs` and
     `max_steps` of None no limit (never both), `checkpoint_every` of None a tenth of all steps, `train_last_layers` of 0
@@ -38,6 +47,8 @@ class Settings:
     scheduler: job_pb2.LrScheduler.ValueType
     warmup_steps: int | None
     warmup_ratio: float | None
+    decay_ratio: float
+    min_rate_ratio: float
     adam: AdamSettings
     epochs: float | None
     max_steps: int | None
@@ -53,8 +64,11 @@ class Settings:
     evaluate_every_epochs: int | None
     sample_prompts: tuple[str, ...]
     sample_max_tokens: int
+    sample_each_evaluation: bool
+    judging: Judging
     checkpoint_every: int | None
     checkpoint_keep: int
+    keep_best: bool
 
 
 @dataclass(frozen=True)
@@ -105,6 +119,17 @@ def _adam(spec: job_pb2.Hyperparameters, second_factor_rate: float) -> AdamSetti
     )
 
 
+def _judging(spec: job_pb2.Evaluation) -> Judging:
+    if not spec.HasField("early_stopping"):
+        return Judging()
+    stopping = spec.early_stopping
+    return Judging(
+        by_accuracy=stopping.metric == job_pb2.EVALUATION_METRIC_TOKEN_ACCURACY,
+        patience=stopping.patience if stopping.HasField("patience") else 3,
+        min_delta=stopping.min_delta,
+    )
+
+
 def read_settings(task: TrainerTask) -> Settings:
     """The settings of a task. Raises TrainingError SPEC_INCOMPLETE for one whose spec is not resolved."""
     _required(task, "spec")
@@ -126,6 +151,8 @@ def read_settings(task: TrainerTask) -> Settings:
         scheduler=numbers.lr_scheduler,
         warmup_steps=numbers.warmup_steps if numbers.HasField("warmup_steps") else None,
         warmup_ratio=numbers.warmup_ratio if numbers.HasField("warmup_ratio") else None,
+        decay_ratio=numbers.decay_ratio if numbers.HasField("decay_ratio") else 0.1,
+        min_rate_ratio=numbers.min_learning_rate_ratio,
         adam=_adam(numbers, 1.0 if full else spec.lora.lora_plus_ratio or 1.0),
         epochs=numbers.epochs if numbers.HasField("epochs") else None,
         max_steps=numbers.max_steps if numbers.HasField("max_steps") else None,
@@ -141,8 +168,11 @@ def read_settings(task: TrainerTask) -> Settings:
         evaluate_every_epochs=1 if by_steps is None and by_epochs is None else by_epochs,
         sample_prompts=tuple(evaluation.sample_prompts),
         sample_max_tokens=evaluation.sample_max_tokens if evaluation.HasField("sample_max_tokens") else 128,
+        sample_each_evaluation=evaluation.samples_at == job_pb2.SAMPLES_AT_EACH_EVALUATION,
+        judging=_judging(evaluation),
         checkpoint_every=checkpoints.every_steps if checkpoints.HasField("every_steps") else None,
         checkpoint_keep=checkpoints.keep if checkpoints.HasField("keep") else 2,
+        keep_best=checkpoints.keep_best,
     )
 
 

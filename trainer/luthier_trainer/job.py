@@ -21,7 +21,9 @@ from luthier_trainer.data.tokens import tokenised
 from luthier_trainer.data.tokens.task import tokens_for
 from luthier_trainer.data.tokens.tokenised import TokenisedRows
 from luthier_trainer.errors import TrainingError
+from luthier_trainer.flops import Operations, operations
 from luthier_trainer.forward import Forward
+from luthier_trainer.gauges import peak_flops
 from luthier_trainer.masters import Masters
 from luthier_trainer.model import Trained, adapter_rank, load_base, prepare
 from luthier_trainer.neftune import Neftune
@@ -50,7 +52,9 @@ class Job:
     """The parts of a job. `counters`, `batches` (its budget shrinks when memory runs out) and `saved` change; the rest
     is decided once. `saved` names the newest checkpoint's step and directory; step 0 needs none. `resumed` is what the
     checkpoint said that was taken up. Of the steps up to `told` everything was reported, -1 for nothing at all, and
-    those of `left_out` are made without an update: see `divergence`."""
+    those of `left_out` are made without an update: see `divergence`. `untold` is the newest step's report when
+    `log_every` kept it back; `holds` is the step of the weights once the best ones were taken, None for those of
+    the last step."""
 
     task: TrainerTask
     settings: Settings
@@ -72,11 +76,15 @@ class Job:
     warmup: int
     batches: Batches
     throughput: Throughput
+    operations: Operations | None
+    peak_flops: float
     notes: list[str]
     counters: Counters
     saved: tuple[int, str]
     resumed: State | None
     told: int = -1
+    untold: event_pb2.StepCompleted | None = None
+    holds: int | None = None
     left_out: frozenset[int] = frozenset()
 
     @property
@@ -115,6 +123,7 @@ class Job:
             threads=self.compute.threads,
             truncated_rows=self.rows.truncated,
             notes=self.notes,
+            peak_flops=self.peak_flops,
         )
 
 
@@ -194,6 +203,8 @@ def set_up(task: TrainerTask, settings: Settings, places: Places, reporter: Repo
             rope.borders(tokens.config.get_text_config(), tokens.options.max_length),
         ),
         throughput=Throughput(),
+        operations=operations(trained),
+        peak_flops=peak_flops(compute.device, compute.dtype),
         notes=[*compute.notes, *notes, *_adapter_notes(task, settings, trained), *_row_notes(rows)],
         counters=resumed.counters if resumed else Counters(),
         saved=(resumed.counters.step, places.resume_from.name) if resumed and places.resume_from else (0, ""),

@@ -96,12 +96,11 @@ class Masters:
         """Forgets what the last step, or half of one, left."""
         self.gradients.zero_()
 
-    def state_dict(self, model: nn.Module) -> dict[str, torch.Tensor]:
-        """The model's state with the trained weights in the masters' precision, and the others as they were. Names that
-        share a weight share its tensor here too."""
-        masters = self._frozen | {
-            id(slot.parameter): self._view(self.values, slot).detach().clone() for slot in self._slots
-        }
+    def state_dict(self, model: nn.Module, *, copy: bool = True) -> dict[str, torch.Tensor]:
+        """The model's state with the trained weights in the masters' precision (copies, or the masters themselves), and
+        the others as they were. Names that share a weight share its tensor here too."""
+        views = {id(slot.parameter): self._view(self.values, slot).detach() for slot in self._slots}
+        masters = self._frozen | ({each: view.clone() for each, view in views.items()} if copy else views)
         return {name: masters.get(id(each), each.detach()) for name, each in model.state_dict(keep_vars=True).items()}
 
     def __len__(self) -> int:
