@@ -110,6 +110,7 @@ class _ScoredCrossEntropy(torch.autograd.Function):
             None if d_bias is None else d_bias.mul_(scale).to(bias_dtype),
             None,
             None,
+            None,
         )
 
 
