@@ -1,16 +1,10 @@
-"""Floating-point operations of a training step, as far as the mathematics needs them.
-
-F = sum over tokens [4 N_linear + 6 sum r (in + out)] + 4 H V (scored tokens) + 12 L heads d (causal pairs)
-
-Frozen weights take a product forward and one backward (4 N), the adapter's factors three (6), the tied head two on
-scored rows alone, attention's two products six in all with a causal pair counted once. Padding, recomputation and
-unscored logits count for nobody.
-"""
+"""Floating-point operations of the pinned work by the engine's own formula: LoRA on every linear, a frozen head."""
 
 from collections.abc import Iterable
 
 from benchmarks.engine import workload
 from benchmarks.engine.workload import Chat
+from luthier_trainer.flops import FROZEN, TRAINED, Operations, attention_per_pair
 
 
 def _linears() -> list[tuple[int, int]]:
@@ -19,14 +13,18 @@ def _linears() -> list[tuple[int, int]]:
     return [(hidden, hidden)] * 4 + [(hidden, wide)] * 2 + [(wide, hidden)]
 
 
-def training_flops(rows: Iterable[Chat]) -> float:
-    """Operations of one pass over the rows, forward and backward, with LoRA on every linear."""
+def training_operations() -> Operations:
+    """Of the pinned model."""
     linear = workload.LAYERS * sum(a * b for a, b in _linears())
     adapters = workload.LAYERS * sum(workload.RANK * (a + b) for a, b in _linears())
-    total = 0.0
-    for row in rows:
-        pairs = row.tokens * (row.tokens + 1) / 2
-        total += row.tokens * (4 * linear + 6 * adapters)
-        total += row.scored * 4 * workload.HIDDEN * workload.VOCABULARY
-        total += 12 * workload.LAYERS * workload.HIDDEN * pairs
-    return total
+    return Operations(
+        per_token=FROZEN * linear + TRAINED * adapters,
+        per_scored=FROZEN * workload.HIDDEN * workload.VOCABULARY,
+        per_pair=attention_per_pair(workload.LAYERS, workload.HIDDEN),
+    )
+
+
+def training_flops(rows: Iterable[Chat]) -> float:
+    """Operations of one pass over the rows, forward and backward."""
+    found = training_operations()
+    return sum(found.of(row.tokens, row.scored) for row in rows)

@@ -237,6 +237,10 @@ class Attempts:
         )
         if job.state == PREPARING:
             change.move(RUNNING, "TRAINING")
+        progress = Progress()
+        progress.CopyFrom(job.progress)
+        progress.eta_seconds = 0  # training that stopped early has steps left
+        change.set(progress=progress)
         change.move(SUCCEEDED, "FINISHED", model_id=attempt.model_id)
 
 

@@ -192,6 +192,7 @@ class Jobs:
             return None
         job_id, _, step = task.resume_from.partition(":step-")
         before = (await self.get(tenant, job_id)).resolved_spec.fine_tune
+        specs.resolve_adaptation(before)
         directory = await self.checkpoint_dir(tenant, job_id, int(step))
         specs.refuse(
             [

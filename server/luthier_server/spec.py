@@ -12,12 +12,17 @@ from google.protobuf.message import Message
 
 from luthier.v1.dataset_pb2 import DatasetFormat
 from luthier.v1.job_pb2 import (
+    EarlyStopping,
     Evaluation,
+    EvaluationMetric,
     FineTuneTask,
     Hyperparameters,
     JobSpec,
     Lora,
+    LoraInit,
+    LoraQuantization,
     LrScheduler,
+    SamplesAt,
     Sft,
 )
 from luthier.v1.tokenization_pb2 import Overlong, Tokenization, TrainOn
@@ -79,6 +84,10 @@ def cross_violations(spec: JobSpec) -> Iterator[Violation]:
         yield Violation(f"{path}.epochs", "epochs and max_steps are both 0: nothing would be trained")
     if numbers.HasField("warmup_steps") and numbers.HasField("warmup_ratio"):
         yield Violation(f"{path}.warmup_ratio", "give warmup_steps or warmup_ratio, not both")
+    if numbers.HasField("decay_ratio") and numbers.lr_scheduler != LrScheduler.LR_SCHEDULER_WARMUP_STABLE_DECAY:
+        yield Violation(f"{path}.decay_ratio", "is a setting of lr_scheduler warmup_stable_decay alone")
+    if numbers.min_learning_rate_ratio and numbers.lr_scheduler == LrScheduler.LR_SCHEDULER_CONSTANT:
+        yield Violation(f"{path}.min_learning_rate_ratio", "has no meaning where the learning rate is constant")
     parts = _micro(numbers)
     if parts and numbers.HasField("batch_size") and numbers.batch_size != parts:
         yield Violation(
@@ -87,6 +96,10 @@ def cross_violations(spec: JobSpec) -> Iterator[Violation]:
         )
     if parts > 65536:
         yield Violation(f"{path}.gradient_accumulation_steps", f"makes a batch of {parts} examples; 65536 at most")
+    if task.lora.init == LoraInit.LORA_INIT_ORTHOGONAL and task.lora.rank % 2:
+        yield Violation("spec.fine_tune.lora.init", f"orthogonal needs an even rank, and rank is {task.lora.rank}")
+    if task.lora.use_dora and task.lora.quantization == LoraQuantization.LORA_QUANTIZATION_INT8:
+        yield Violation("spec.fine_tune.lora.use_dora", "is offered on weights in nf4 and as they are, not in int8")
     yield from tokenization_violations(task.tokenization, "spec.fine_tune.tokenization")
     if task.validation_dataset and task.validation_fraction:
         yield Violation(
@@ -96,6 +109,17 @@ def cross_violations(spec: JobSpec) -> Iterator[Violation]:
         yield Violation("spec.fine_tune.evaluation.every_epochs", "give every_steps or every_epochs, not both")
     if _evaluates(task.evaluation) and not (task.validation_dataset or task.validation_fraction):
         yield Violation("spec.fine_tune.evaluation", "needs data: set validation_dataset or validation_fraction")
+
+    if not (task.validation_dataset or task.validation_fraction):
+        for field, given in (
+            ("evaluation.early_stopping", task.evaluation.HasField("early_stopping")),
+            ("evaluation.samples_at", task.evaluation.samples_at == SamplesAt.SAMPLES_AT_EACH_EVALUATION),
+            ("checkpoints.keep_best", task.checkpoints.keep_best),
+        ):
+            if given:
+                yield Violation(
+                    f"spec.fine_tune.{field}", "needs evaluations: set validation_dataset or validation_fraction"
+                )
 
 
 def tokenization_violations(tokenization: Tokenization, path: str) -> Iterator[Violation]:
@@ -178,19 +202,38 @@ def resolved(spec: JobSpec, *, rows: int, max_positions: int, row_format: Datase
     task = full.fine_tune
     if task.WhichOneof("objective") is None:
         task.sft.CopyFrom(Sft())
-    if task.WhichOneof("adaptation") is None:
-        task.lora.CopyFrom(Lora())
-    if task.WhichOneof("adaptation") == "lora":
-        _resolve_lora(task.lora)
+    resolve_adaptation(task)
     _default(task, "validation_fraction", 0.0)
     _resolve_hyperparameters(task, max_positions)
     _resolve_tokenization(task.tokenization, row_format)
     _default(task.checkpoints, "every_steps", max(50, math.ceil(steps(task, rows) / 10)))
     _default(task.checkpoints, "keep", 2)
+    _default(task.checkpoints, "keep_best", False)
     if (task.validation_dataset or task.validation_fraction) and not _evaluates(task.evaluation):
         task.evaluation.every_epochs = 1
     _default(task.evaluation, "sample_max_tokens", 128)
+    if task.evaluation.samples_at == SamplesAt.SAMPLES_AT_UNSPECIFIED:
+        task.evaluation.samples_at = SamplesAt.SAMPLES_AT_ENDS
+    if task.evaluation.HasField("early_stopping"):
+        _resolve_early_stopping(task.evaluation.early_stopping)
     return full
+
+
+def resolve_adaptation(task: FineTuneTask) -> None:
+    """Fills in what is trained. Also for a task that was resolved before a field was there: it was its default."""
+    if task.WhichOneof("adaptation") is None:
+        task.lora.CopyFrom(Lora())
+    if task.WhichOneof("adaptation") == "lora":
+        _resolve_lora(task.lora)
+    else:
+        _default(task.full, "train_last_layers", 0)
+
+
+def _resolve_early_stopping(stopping: EarlyStopping) -> None:
+    _default(stopping, "patience", 3)
+    _default(stopping, "min_delta", 0.0)
+    if stopping.metric == EvaluationMetric.EVALUATION_METRIC_UNSPECIFIED:
+        stopping.metric = EvaluationMetric.EVALUATION_METRIC_LOSS
 
 
 def _resolve_lora(lora: Lora) -> None:
@@ -199,6 +242,13 @@ def _resolve_lora(lora: Lora) -> None:
     _default(lora, "dropout", 0.0)
     if not lora.target_modules:
         lora.target_modules.append("all-linear")
+    _default(lora, "use_rslora", False)
+    _default(lora, "use_dora", False)
+    if lora.init == LoraInit.LORA_INIT_UNSPECIFIED:
+        lora.init = LoraInit.LORA_INIT_KAIMING
+    _default(lora, "lora_plus_ratio", 1.0)
+    if lora.quantization == LoraQuantization.LORA_QUANTIZATION_UNSPECIFIED:
+        lora.quantization = LoraQuantization.LORA_QUANTIZATION_NONE
 
 
 def _resolve_hyperparameters(task: FineTuneTask, max_positions: int) -> None:
@@ -210,6 +260,10 @@ def _resolve_hyperparameters(task: FineTuneTask, max_positions: int) -> None:
     _default(numbers, "weight_decay", 0.0)
     if numbers.lr_scheduler == LrScheduler.LR_SCHEDULER_UNSPECIFIED:
         numbers.lr_scheduler = LrScheduler.LR_SCHEDULER_COSINE
+    if numbers.lr_scheduler == LrScheduler.LR_SCHEDULER_WARMUP_STABLE_DECAY:
+        _default(numbers, "decay_ratio", 0.1)
+    if numbers.lr_scheduler != LrScheduler.LR_SCHEDULER_CONSTANT:
+        _default(numbers, "min_learning_rate_ratio", 0.0)
     if not numbers.HasField("warmup_steps"):
         _default(numbers, "warmup_ratio", 0.03)
     _default(numbers, "max_grad_norm", 1.0)
@@ -226,6 +280,8 @@ def _resolve_hyperparameters(task: FineTuneTask, max_positions: int) -> None:
     _default(numbers, "adam_beta1", 0.9)
     _default(numbers, "adam_beta2", 0.999)
     _default(numbers, "adam_epsilon", 1e-8)
+    _default(numbers, "label_smoothing", 0.0)
+    _default(numbers, "neftune_alpha", 0.0)
 
 
 def _resolve_tokenization(tokenization: Tokenization, row_format: DatasetFormat.ValueType) -> None:

@@ -9,7 +9,7 @@ import pytest
 from google.protobuf.descriptor import Descriptor
 
 from luthier.v1 import datasets_pb2, fine_tuning_pb2, models_pb2
-from luthier.v1.job_pb2 import FineTuneTask, JobSpec, JobState
+from luthier.v1.job_pb2 import EarlyStopping, FineTuneTask, JobSpec, JobState
 from luthier_client.spec import parse_spec
 from luthier_server import settings
 from luthier_server.job import TERMINAL, TRANSITIONS
@@ -151,12 +151,17 @@ def fields(message: Descriptor | None) -> set[str]:
     return {field.name for field in message.fields}
 
 
-@pytest.mark.parametrize("part", ["lora", "hyperparameters", "evaluation", "checkpoints", "tokenization"])
+@pytest.mark.parametrize("part", ["lora", "full", "hyperparameters", "evaluation", "checkpoints", "tokenization"])
 def test_every_field_of_a_spec_is_written_down(part: str) -> None:
     rows = table(page("fine-tuning.md"), f"field of `{part}`")
     assert {name for cell in rows for name in code(cell)} == fields(
         FineTuneTask.DESCRIPTOR.fields_by_name[part].message_type
     )
+
+
+def test_every_field_of_early_stopping_is_written_down() -> None:
+    rows = table(page("fine-tuning.md"), "field of `early_stopping`")
+    assert {name for cell in rows for name in code(cell)} == fields(EarlyStopping.DESCRIPTOR)
 
 
 def test_every_field_of_a_task_and_a_job_is_written_down() -> None:

@@ -16,8 +16,9 @@ from luthier_trainer import inspect
 from luthier_trainer.report import Payload
 
 
-def tiny_base(folder: Path, *, tied: bool = False) -> Path:
-    """A random model of 150,000 weights with the tokenizer and template of `builtin/tiny`."""
+def tiny_base(folder: Path, *, tied: bool = False, width: int = 32) -> Path:
+    """A random model of 150,000 weights (twice as many with a width of 64) with the tokenizer and template of
+    `builtin/tiny`."""
     base = folder / "base"
     base.mkdir()
     for name in ("tokenizer.json", "tokenizer_config.json", "chat_template.jinja"):
@@ -25,8 +26,8 @@ def tiny_base(folder: Path, *, tied: bool = False) -> Path:
     torch.manual_seed(0)
     config = LlamaConfig(
         vocab_size=4096,
-        hidden_size=32,
-        intermediate_size=48,
+        hidden_size=width,
+        intermediate_size=48 if width == 32 else 2 * width,
         num_hidden_layers=2,
         num_attention_heads=4,
         num_key_value_heads=2,
@@ -62,9 +63,12 @@ def task(
     dropout: float = 0.0,
     modules_to_save: tuple[str, ...] = (),
     evaluation: job_pb2.Evaluation | None = None,
+    lora: job_pb2.Lora | None = None,
+    last_layers: int = 0,
     **numbers: Any,
 ) -> TrainerTask:
-    """A task as the server makes it, with every default filled in; all that it writes is below `folder`."""
+    """A task as the server makes it, with every default filled in; all that it writes is below `folder`. What `lora`
+    sets goes over the adapter's other fields."""
     defaults: dict[str, Any] = {
         "batch_size": 4,
         "learning_rate": 1e-2,
@@ -89,13 +93,14 @@ def task(
         checkpoints=job_pb2.Checkpoints(every_steps=2, keep=2),
     )
     if full:
-        spec.full.SetInParent()
+        spec.full.train_last_layers = last_layers
     else:
         spec.lora.CopyFrom(
             job_pb2.Lora(
                 rank=4, alpha=8.0, dropout=dropout, target_modules=["all-linear"], modules_to_save=modules_to_save
             )
         )
+        spec.lora.MergeFrom(lora or job_pb2.Lora())
     source = DatasetSource(path=str(data), id="ds_1", name="chats@1", sha256="0" * 64)
     return TrainerTask(
         job_id="job_1",

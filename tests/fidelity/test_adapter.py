@@ -11,7 +11,6 @@ from peft import PeftModel
 from transformers import AutoModelForCausalLM, AutoTokenizer
 
 from luthier.trainer.v1.report_pb2 import Finished
-from luthier_trainer import job as job_module
 from luthier_trainer import sft
 from luthier_trainer.control import NoControl
 from luthier_trainer.job import Job
@@ -20,19 +19,6 @@ PEFT_ON_TRANSFORMERS = pytest.mark.filterwarnings(
     "ignore:`is_gradient_checkpointing` is deprecated:FutureWarning"  # PEFT 0.21 on transformers 5.23
 )
 IDS = torch.arange(5, 45)[None]
-
-
-@pytest.fixture
-def jobs(monkeypatch: pytest.MonkeyPatch) -> list[Job]:
-    """Every job that was set up, so that a test can ask the trainer's own model."""
-    made: list[Job] = []
-
-    def set_up(*arguments: object) -> Job:
-        made.append(job_module.set_up(*arguments))  # type: ignore[arg-type]
-        return made[-1]
-
-    monkeypatch.setattr(sft, "set_up", set_up)
-    return made
 
 
 def trainers_logits(job: Job) -> torch.Tensor:

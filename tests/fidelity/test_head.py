@@ -68,14 +68,14 @@ def test_tied_embeddings_saved_whole_by_an_adapter() -> None:
     compare(model, with_lora(model, ("q_proj",), ("embed_tokens", "lm_head")).root, fused=True)
 
 
-def test_soft_capped_logits_go_through_the_module() -> None:
+def test_soft_capped_logits_keep_the_fused_head() -> None:
     model = gemma2()
-    compare(model, with_lora(model).root, fused=False, tolerance=GEMMA)
+    compare(model, with_lora(model).root, fused=True, tolerance=GEMMA)
 
 
 def test_soft_capped_logits_trained_whole() -> None:
     model = gemma2()
-    compare(model, model.requires_grad_(True), fused=False, tolerance=GEMMA)
+    compare(model, model.requires_grad_(True), fused=True, tolerance=GEMMA)
 
 
 def test_a_hook_on_the_head_is_not_bypassed() -> None:

@@ -2,6 +2,7 @@
 
 from collections.abc import Sequence
 from dataclasses import dataclass
+from typing import Any
 
 import numpy as np
 import numpy.typing as npt
@@ -87,9 +88,11 @@ def with_lora(
     targets: Sequence[str] = ("all-linear",),
     saved: Sequence[str] = (),
     dropout: float = 0.0,
+    **kind: Any,
 ) -> Trained:
-    """The model with an adapter whose second factor is not zero, so that every gradient is at work."""
-    settings = LoraSettings(4, 8.0, dropout, tuple(targets), tuple(saved))
+    """The model with an adapter whose second factor is not zero, so that every gradient is at work. `kind`: further
+    fields of LoraSettings."""
+    settings = LoraSettings(4, 8.0, dropout, tuple(targets), tuple(saved), **kind)
     trained = prepare(model, BaseModelSource(), settings, name="tiny", seed=1, resume_from=None)
     torch.manual_seed(2)
     for name, each in trained.root.named_parameters():

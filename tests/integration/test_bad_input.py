@@ -19,7 +19,17 @@ from daemon import ROWS, Daemon, details, puppet, reason, small
 from luthier.v1 import datasets_pb2 as ds
 from luthier.v1 import fine_tuning_pb2 as ft
 from luthier.v1 import models_pb2 as md
-from luthier.v1.job_pb2 import Evaluation, Hyperparameters, JobSpec, JobState, Lora, Resources
+from luthier.v1.job_pb2 import (
+    Checkpoints,
+    EarlyStopping,
+    Evaluation,
+    Hyperparameters,
+    JobSpec,
+    JobState,
+    Lora,
+    LrScheduler,
+    Resources,
+)
 
 Start = Callable[..., Daemon]
 
@@ -65,6 +75,18 @@ def flagged(**fields: Any) -> JobSpec:
         (with_numbers(epochs=0, max_steps=0), "spec.fine_tune.hyperparameters.epochs", "nothing would be trained"),
         (with_numbers(epochs=0), "spec.fine_tune.hyperparameters.epochs", "nothing would be trained"),
         (with_numbers(learning_rate=float("nan")), "spec.fine_tune.hyperparameters.learning_rate", "greater than 0"),
+        (
+            small(evaluation=Evaluation(early_stopping=EarlyStopping())),
+            "spec.fine_tune.evaluation.early_stopping",
+            "needs evaluations",
+        ),
+        (small(checkpoints=Checkpoints(keep_best=True)), "spec.fine_tune.checkpoints.keep_best", "needs evaluations"),
+        (with_numbers(decay_ratio=0.2), "spec.fine_tune.hyperparameters.decay_ratio", "warmup_stable_decay alone"),
+        (
+            with_numbers(lr_scheduler=LrScheduler.LR_SCHEDULER_CONSTANT, min_learning_rate_ratio=0.1),
+            "spec.fine_tune.hyperparameters.min_learning_rate_ratio",
+            "has no meaning",
+        ),
         (
             with_numbers(warmup_steps=1, warmup_ratio=0.1),
             "spec.fine_tune.hyperparameters.warmup_ratio",

@@ -11,7 +11,9 @@ No random state is saved, because none is carried over: the order of an epoch is
 dropout draws from a stream of its own for each (seed, step).
 """
 
+import contextlib
 import shutil
+from collections.abc import Iterable
 from pathlib import Path
 
 import torch
@@ -19,11 +21,12 @@ from safetensors.torch import load_file, save_file
 from transformers import PreTrainedTokenizerBase
 
 from luthier_trainer import durable
+from luthier_trainer.errors import TrainingError
 from luthier_trainer.masters import Masters
 from luthier_trainer.model import Trained
 from luthier_trainer.optimizer import Optimizer
 from luthier_trainer.report import checkpoint_directory, checkpoint_step
-from luthier_trainer.state import State, write_state
+from luthier_trainer.state import State, read_state, write_state
 from luthier_trainer.weights import write_weights
 
 OPTIMIZER = "optimizer.safetensors"
@@ -55,9 +58,23 @@ def load_optimizer(directory: Path) -> dict[str, torch.Tensor]:
 
 
 def prune(folder: Path, keep: int) -> None:
-    """Deletes all but the `keep` newest checkpoints; a later attempt's are newer than an earlier one's of any step."""
-    for directory in newest_first(folder)[keep:]:
-        delete(directory)
+    """Deletes all but the `keep` newest checkpoints, and the best that each of those knows; a later attempt's are newer
+    than an earlier one's of any step."""
+    found = newest_first(folder)
+    kept = with_bests(found[:keep])
+    for directory in found[keep:]:
+        if directory.name not in kept:
+            delete(directory)
+
+
+def with_bests(directories: Iterable[Path]) -> set[str]:
+    """The names of checkpoints and of the best ones that they know: going on from any of them needs its best."""
+    names: set[str] = set()
+    for directory in directories:
+        names.add(directory.name)
+        with contextlib.suppress(TrainingError):  # a damaged one knows nothing
+            names.add(read_state(directory).counters.standing.best_checkpoint)
+    return names - {""}
 
 
 def newest_first(folder: Path) -> list[Path]:

@@ -20,12 +20,26 @@ class LoraSettings:
     dropout: float
     target_modules: tuple[str, ...]
     modules_to_save: tuple[str, ...]
+    use_rslora: bool = False
+    use_dora: bool = False
+    init: job_pb2.LoraInit.ValueType = job_pb2.LORA_INIT_KAIMING
+    quantization: job_pb2.LoraQuantization.ValueType = job_pb2.LORA_QUANTIZATION_NONE
+
+
+@dataclass(frozen=True)
+class Judging:
+    """What evaluations are judged by. `patience` of None: they never end training."""
+
+    by_accuracy: bool = False
+    patience: int | None = None
+    min_delta: float = 0.0
 
 
 @dataclass(frozen=True)
 class Settings:
     """A fine-tuning job, every number decided but those that need the data: `every_*` of None mean never, `epochs` and
-    `max_steps` of None no limit (never both), `checkpoint_every` of None a tenth of all steps."""
+    `max_steps` of None no limit (never both), `checkpoint_every` of None a tenth of all steps, `train_last_layers` of 0
+    everything, `neftune_alpha` of 0 no noise."""
 
     seed: int
     batch_size: int
@@ -33,6 +47,8 @@ class Settings:
     scheduler: job_pb2.LrScheduler.ValueType
     warmup_steps: int | None
     warmup_ratio: float | None
+    decay_ratio: float
+    min_rate_ratio: float
     adam: AdamSettings
     epochs: float | None
     max_steps: int | None
@@ -40,13 +56,19 @@ class Settings:
     attention: str
     dtype: job_pb2.Dtype.ValueType
     lora: LoraSettings | None
+    train_last_layers: int
+    label_smoothing: float
+    neftune_alpha: float
     validation_fraction: float
     evaluate_every_steps: int | None
     evaluate_every_epochs: int | None
     sample_prompts: tuple[str, ...]
     sample_max_tokens: int
+    sample_each_evaluation: bool
+    judging: Judging
     checkpoint_every: int | None
     checkpoint_keep: int
+    keep_best: bool
 
 
 @dataclass(frozen=True)
@@ -77,10 +99,14 @@ def _lora(spec: job_pb2.Lora) -> LoraSettings:
         dropout=spec.dropout,
         target_modules=tuple(spec.target_modules) or ("all-linear",),
         modules_to_save=tuple(spec.modules_to_save),
+        use_rslora=spec.use_rslora,
+        use_dora=spec.use_dora,
+        init=spec.init or job_pb2.LORA_INIT_KAIMING,
+        quantization=spec.quantization or job_pb2.LORA_QUANTIZATION_NONE,
     )
 
 
-def _adam(spec: job_pb2.Hyperparameters) -> AdamSettings:
+def _adam(spec: job_pb2.Hyperparameters, second_factor_rate: float) -> AdamSettings:
     for field in ("weight_decay", "max_grad_norm", "adam_beta1", "adam_beta2", "adam_epsilon"):
         _required(spec, field)
     return AdamSettings(
@@ -89,6 +115,18 @@ def _adam(spec: job_pb2.Hyperparameters) -> AdamSettings:
         epsilon=spec.adam_epsilon,
         weight_decay=spec.weight_decay,
         max_grad_norm=spec.max_grad_norm,
+        second_factor_rate=second_factor_rate,
+    )
+
+
+def _judging(spec: job_pb2.Evaluation) -> Judging:
+    if not spec.HasField("early_stopping"):
+        return Judging()
+    stopping = spec.early_stopping
+    return Judging(
+        by_accuracy=stopping.metric == job_pb2.EVALUATION_METRIC_TOKEN_ACCURACY,
+        patience=stopping.patience if stopping.HasField("patience") else 3,
+        min_delta=stopping.min_delta,
     )
 
 
@@ -113,20 +151,28 @@ def read_settings(task: TrainerTask) -> Settings:
         scheduler=numbers.lr_scheduler,
         warmup_steps=numbers.warmup_steps if numbers.HasField("warmup_steps") else None,
         warmup_ratio=numbers.warmup_ratio if numbers.HasField("warmup_ratio") else None,
-        adam=_adam(numbers),
+        decay_ratio=numbers.decay_ratio if numbers.HasField("decay_ratio") else 0.1,
+        min_rate_ratio=numbers.min_learning_rate_ratio,
+        adam=_adam(numbers, 1.0 if full else spec.lora.lora_plus_ratio or 1.0),
         epochs=numbers.epochs if numbers.HasField("epochs") else None,
         max_steps=numbers.max_steps if numbers.HasField("max_steps") else None,
         log_every=numbers.log_every,
         attention=numbers.attn_implementation or "auto",
         dtype=numbers.dtype,
         lora=None if full else _lora(spec.lora),
+        train_last_layers=spec.full.train_last_layers if full else 0,
+        label_smoothing=numbers.label_smoothing,
+        neftune_alpha=numbers.neftune_alpha,
         validation_fraction=spec.validation_fraction,
         evaluate_every_steps=by_steps,
         evaluate_every_epochs=1 if by_steps is None and by_epochs is None else by_epochs,
         sample_prompts=tuple(evaluation.sample_prompts),
         sample_max_tokens=evaluation.sample_max_tokens if evaluation.HasField("sample_max_tokens") else 128,
+        sample_each_evaluation=evaluation.samples_at == job_pb2.SAMPLES_AT_EACH_EVALUATION,
+        judging=_judging(evaluation),
         checkpoint_every=checkpoints.every_steps if checkpoints.HasField("every_steps") else None,
         checkpoint_keep=checkpoints.keep if checkpoints.HasField("keep") else 2,
+        keep_best=checkpoints.keep_best,
     )
 
 

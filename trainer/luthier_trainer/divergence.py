@@ -50,6 +50,8 @@ class Carried:
         job.counters.seconds = self.counters.seconds
         job.counters.evaluated_step = self.counters.evaluated_step
         job.counters.evaluation = self.counters.evaluation
+        job.counters.sampled_step = self.counters.sampled_step
+        job.counters.standing = self.counters.standing
 
 
 def leave_out(job: Job, what: str) -> None:

@@ -12,7 +12,7 @@ from transformers import PreTrainedModel
 
 from luthier_trainer.attention import ATTENTION, document_arguments
 from luthier_trainer.flatten import MicroBatch
-from luthier_trainer.loss import score, scored_cross_entropy
+from luthier_trainer.loss import Shaping, score, scored_cross_entropy
 
 
 def plain_head(model: PreTrainedModel) -> nn.Linear | None:
@@ -27,36 +27,50 @@ def plain_head(model: PreTrainedModel) -> nn.Linear | None:
     return head
 
 
+def shaping_of(model: PreTrainedModel) -> Shaping:
+    """What the model's configuration says becomes of its head's product; the probe compares before it is believed.
+
+    `final_logit_softcapping`: Gemma's cap; `logits_scaling`: Granite's divisor; `logit_scale`: Cohere's factor.
+    """
+    config = model.config.get_text_config()
+    scale = float(getattr(config, "logit_scale", None) or 1.0) / float(getattr(config, "logits_scaling", None) or 1.0)
+    cap = getattr(config, "final_logit_softcapping", None)
+    return Shaping(scale, float(cap) if cap else None)
+
+
 @dataclass(frozen=True)
 class Forward:
     """The way through `model`, a causal language model whose adapters, if any, are already in its modules.
 
     documents: micro-batches are flattened and attention is per document; else they are padded. fused_head: hidden
-    states come from the decoder and the loss from chunks of a plain head; else the model's own forward gives the logits
-    of the scored rows.
+    states come from the decoder and the loss from chunks of a plain head and its `shaping_of`; else the model's own
+    forward gives the logits of the scored rows. label_smoothing: the share of a target's probability that training
+    spreads over the vocabulary.
     """
 
     model: PreTrainedModel
     documents: bool
     fused_head: bool
+    label_smoothing: float = 0.0
 
     def loss_sum(self, batch: MicroBatch) -> torch.Tensor:
-        """Sum of the cross-entropies of the batch's targets, differentiable."""
+        """Sum of the cross-entropies of the batch's targets, smoothed, differentiable."""
         if not self.fused_head:
             logits = self.logits(batch)
-            return F.cross_entropy(logits, batch.targets, reduction="sum")
+            return F.cross_entropy(logits, batch.targets, reduction="sum", label_smoothing=self.label_smoothing)
         head = self._head()
-        return scored_cross_entropy(self.hidden(batch), head.weight, head.bias, batch.targets)
+        hidden, shaping = self.hidden(batch), shaping_of(self.model)
+        return scored_cross_entropy(hidden, head.weight, head.bias, batch.targets, shaping, self.label_smoothing)
 
     @torch.no_grad()
     def score(self, batch: MicroBatch) -> tuple[torch.Tensor, torch.Tensor]:
-        """(sum of cross-entropies, targets that the model puts first), without a gradient."""
+        """(sum of cross-entropies, targets that the model puts first), without smoothing and without a gradient."""
         if not self.fused_head:
             logits = self.logits(batch)
             loss = F.cross_entropy(logits, batch.targets, reduction="sum")
             return loss, (logits.argmax(-1) == batch.targets).sum()
         head = self._head()
-        return score(self.hidden(batch), head.weight, head.bias, batch.targets)
+        return score(self.hidden(batch), head.weight, head.bias, batch.targets, shaping_of(self.model))
 
     def _head(self) -> nn.Linear:
         head = plain_head(self.model)

@@ -3,7 +3,7 @@ process."""
 
 import math
 from collections.abc import Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any
 
@@ -11,8 +11,8 @@ import torch
 from transformers import PreTrainedTokenizerBase
 
 from luthier.trainer.v1.task_pb2 import BaseModelSource, DatasetSource, TrainerTask
-from luthier.v1 import event_pb2, tokenization_pb2
-from luthier_trainer import checkpoint, durable, lora
+from luthier.v1 import event_pb2, job_pb2, tokenization_pb2
+from luthier_trainer import checkpoint, durable, lora, rope
 from luthier_trainer.batches import Batches
 from luthier_trainer.config import Places, Settings
 from luthier_trainer.data.masks.render import prompt_ids
@@ -21,13 +21,17 @@ from luthier_trainer.data.tokens.parts import Part, parts, require_scores
 from luthier_trainer.data.tokens.task import tokens_for
 from luthier_trainer.data.tokens.tokenised import TokenisedRows
 from luthier_trainer.errors import TrainingError
+from luthier_trainer.flops import Operations, operations
 from luthier_trainer.forward import Forward
+from luthier_trainer.gauges import peak_flops
 from luthier_trainer.masters import Masters
 from luthier_trainer.model import Trained, adapter_rank, load_base, prepare
+from luthier_trainer.neftune import Neftune
 from luthier_trainer.optimizer import Optimizer
 from luthier_trainer.order import RowOrder
 from luthier_trainer.plan import Compute, attention_name, choose_compute, micro_batch_tokens
 from luthier_trainer.probe import choose_forward
+from luthier_trainer.quantization import quantization_config
 from luthier_trainer.report import Reporter
 from luthier_trainer.schedule import warmup_steps
 from luthier_trainer.state import Counters, ResumedPlan, State, read_state
@@ -40,7 +44,9 @@ class Job:
     """The parts of a job. `counters`, `batches` (its budget shrinks when memory runs out) and `saved` change; the rest
     is decided once. `saved` names the newest checkpoint's step and directory; step 0 needs none. `resumed` is what the
     checkpoint said that was taken up. Of the steps up to `told` everything was reported, -1 for nothing at all, and
-    those of `left_out` are made without an update: see `divergence`."""
+    those of `left_out` are made without an update: see `divergence`. `untold` is the newest step's report when
+    `log_every` kept it back; `holds` is the step of the weights once the best ones were taken, None for those of
+    the last step."""
 
     task: TrainerTask
     settings: Settings
@@ -52,6 +58,7 @@ class Job:
     masters: Masters
     optimizer: Optimizer
     forward: Forward
+    neftune: Neftune
     generation_attention: str
     sample_ids: Sequence[Sequence[int]]
     rows: TokenisedRows
@@ -61,11 +68,15 @@ class Job:
     warmup: int
     batches: Batches
     throughput: Throughput
+    operations: Operations | None
+    peak_flops: float
     notes: list[str]
     counters: Counters
     saved: tuple[int, str]
     resumed: State | None
     told: int = -1
+    untold: event_pb2.StepCompleted | None = None
+    holds: int | None = None
     left_out: frozenset[int] = frozenset()
 
     @property
@@ -104,6 +115,7 @@ class Job:
             threads=self.compute.threads,
             truncated_rows=self.rows.truncated,
             notes=self.notes,
+            peak_flops=self.peak_flops,
         )
 
 
@@ -147,10 +159,11 @@ def set_up(task: TrainerTask, settings: Settings, places: Places, reporter: Repo
     check()
 
     trained = _load_trained(task, settings, compute, places.resume_from)
-    masters = Masters(trained.root, compute.dtype)
+    masters = Masters(trained.root, compute.dtype, cast_frozen=settings.lora is None)
     lora.speed_up(trained.causal_lm)
     generation_attention = trained.causal_lm.config._attn_implementation
     forward, notes = choose_forward(trained.causal_lm, settings.attention, int(rows.lengths.max()))
+    forward = replace(forward, label_smoothing=settings.label_smoothing)
     optimizer = Optimizer(masters, settings.adam)
     reporter.report(event_pb2.PhaseProgressed(phase=event_pb2.PHASE_LOADING, unit="models", completed=1, total=1))
     check()
@@ -168,6 +181,7 @@ def set_up(task: TrainerTask, settings: Settings, places: Places, reporter: Repo
         masters=masters,
         optimizer=optimizer,
         forward=forward,
+        neftune=Neftune(trained.causal_lm, settings.neftune_alpha),
         generation_attention=generation_attention,
         sample_ids=sample_ids,
         rows=rows,
@@ -175,8 +189,16 @@ def set_up(task: TrainerTask, settings: Settings, places: Places, reporter: Repo
         evaluated=evaluated,
         total_steps=total,
         warmup=warmup_steps(total, settings.warmup_steps, settings.warmup_ratio),
-        batches=Batches(forward.documents, budget, tokenizer.pad_token_id or 0, compute.device),
+        batches=Batches(
+            forward.documents,
+            budget,
+            tokenizer.pad_token_id or 0,
+            compute.device,
+            rope.borders(tokens.config.get_text_config(), tokens.options.max_length),
+        ),
         throughput=Throughput(),
+        operations=operations(trained),
+        peak_flops=peak_flops(compute.device, compute.dtype),
         notes=[*compute.notes, *notes, *_adapter_notes(task, settings, trained), *_row_notes(rows)],
         counters=resumed.counters if resumed else Counters(),
         saved=(resumed.counters.step, places.resume_from.name) if resumed and places.resume_from else (0, ""),
@@ -211,7 +233,9 @@ def _load_trained(task: TrainerTask, settings: Settings, compute: Compute, resum
     if settings.lora is None and resume_from is not None:
         source = BaseModelSource(location=str(resume_from))
     dtype = torch.float32 if settings.lora is None else compute.dtype
-    base = load_base(source, dtype, compute.device, settings.attention)
+    adapter = settings.lora
+    quantization = quantization_config(adapter.quantization, dtype, adapter.modules_to_save) if adapter else None
+    base = load_base(source, dtype, compute.device, settings.attention, quantization)
     return prepare(
         base,
         source,
@@ -219,14 +243,19 @@ def _load_trained(task: TrainerTask, settings: Settings, compute: Compute, resum
         name=task.spec.fine_tune.base_model,
         seed=settings.seed,
         resume_from=resume_from,
+        last_layers=settings.train_last_layers,
     )
 
 
 def _adapter_notes(task: TrainerTask, settings: Settings, trained: Trained) -> list[str]:
+    notes = []
+    if settings.lora is not None and settings.lora.quantization != job_pb2.LORA_QUANTIZATION_NONE:
+        name = job_pb2.LoraQuantization.Name(settings.lora.quantization).removeprefix("LORA_QUANTIZATION_").lower()
+        notes.append(f"the frozen linear weights are held in {name}")
     rank = adapter_rank(trained)
     if task.base_model.adapter_dir and settings.lora is not None and rank != settings.lora.rank:
-        return [f"the adapter that is continued keeps its own rank of {rank} and its own modules"]
-    return []
+        notes.append(f"the adapter that is continued keeps its own rank of {rank} and its own modules")
+    return notes
 
 
 def _row_notes(rows: TokenisedRows) -> list[str]:

@@ -25,6 +25,7 @@ _SCHEDULERS = {
     "cosine": job_pb2.LR_SCHEDULER_COSINE,
     "linear": job_pb2.LR_SCHEDULER_LINEAR,
     "constant": job_pb2.LR_SCHEDULER_CONSTANT,
+    "warmup_stable_decay": job_pb2.LR_SCHEDULER_WARMUP_STABLE_DECAY,
 }
 _DTYPES = {
     "auto": job_pb2.DTYPE_UNSPECIFIED,
@@ -71,7 +72,7 @@ def fine_tune(
     max_steps: int | None = None,
     batch_size: int = 16,
     learning_rate: float | None = None,
-    lr_scheduler: Literal["cosine", "linear", "constant"] = "cosine",
+    lr_scheduler: Literal["cosine", "linear", "constant", "warmup_stable_decay"] = "cosine",
     warmup_ratio: float = 0.03,
     weight_decay: float = 0.0,
     max_grad_norm: float = 1.0,

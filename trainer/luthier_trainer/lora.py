@@ -7,10 +7,11 @@ import torch
 import torch.nn.functional as F
 from peft.tuners.lora import Linear as LoraLinear
 from torch import nn
+from transformers.pytorch_utils import Conv1D
 
 
 class _LoraProduct(torch.autograd.Function):
-    """x W' + b + s (x A') B', the adapter added in the same pass as the product; W and b are frozen."""
+    """x W' + b + s (x A') B', the adapter added in the same pass as the product; W [out, in] and b are frozen."""
 
     @staticmethod
     def forward(
@@ -47,14 +48,16 @@ class _LoraProduct(torch.autograd.Function):
 
 
 def _product(self: Any, x: torch.Tensor, *args: Any, **kwargs: Any) -> torch.Tensor:
-    """Stands in for `forward` of PEFT's LoRA layer while it trains a single plain adapter on a frozen Linear."""
+    """Stands in for `forward` of PEFT's LoRA layer while it trains a single plain adapter on a frozen Linear or
+    Conv1D, GPT-2's Linear with a weight of [in, out]."""
     adapter = self.active_adapters[0]
     base = self.base_layer
     a, b = self.lora_A[adapter].weight, self.lora_B[adapter].weight
     if args or kwargs or self.disable_adapters or self.merged or x.dtype != base.weight.dtype or a.dtype != x.dtype:
         result: torch.Tensor = type(self).forward(self, x, *args, **kwargs)
         return result
-    result = _LoraProduct.apply(x, base.weight, base.bias, a, b, self.scaling[adapter])  # type: ignore[no-untyped-call]
+    weight = base.weight.t() if type(base) is Conv1D else base.weight
+    result = _LoraProduct.apply(x, weight, base.bias, a, b, self.scaling[adapter])  # type: ignore[no-untyped-call]
     return result
 
 
@@ -66,7 +69,7 @@ def _is_plain(module: nn.Module) -> bool:
     base = module.base_layer
     return (
         module.active_adapters == [adapter]
-        and type(base) is nn.Linear
+        and type(base) in (nn.Linear, Conv1D)
         and not base.weight.requires_grad
         and not (base.bias is not None and base.bias.requires_grad)
         and isinstance(module.lora_dropout[adapter], nn.Identity)

@@ -7,20 +7,38 @@ import warnings
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
 from pathlib import Path
+from typing import Literal
 
 import torch
 from peft import LoraConfig, PeftModel, get_peft_model
+from peft.tuners.lora.layer import ParamWrapper
 from peft.utils import load_peft_weights, set_peft_model_state_dict
 from torch import nn
-from transformers import AutoConfig, AutoModelForCausalLM, AutoTokenizer, PreTrainedModel, PreTrainedTokenizerBase
+from transformers import (
+    AutoConfig,
+    AutoModelForCausalLM,
+    AutoTokenizer,
+    BitsAndBytesConfig,
+    PreTrainedModel,
+    PreTrainedTokenizerBase,
+)
+from transformers.pytorch_utils import Conv1D
 from transformers.utils import logging
 
 from luthier.trainer.v1.task_pb2 import BaseModelSource
+from luthier.v1 import job_pb2
 from luthier_trainer import durable
 from luthier_trainer.config import LoraSettings
 from luthier_trainer.errors import TrainingError
+from luthier_trainer.layers import train_last
+from luthier_trainer.quantization import keep_differentiable
 
 ALL_LINEAR = "all-linear"
+_INIT: dict[job_pb2.LoraInit.ValueType, bool | Literal["gaussian", "orthogonal"]] = {
+    job_pb2.LORA_INIT_KAIMING: True,
+    job_pb2.LORA_INIT_GAUSSIAN: "gaussian",
+    job_pb2.LORA_INIT_ORTHOGONAL: "orthogonal",
+}
 
 
 @dataclass(frozen=True)
@@ -40,9 +58,10 @@ class Trained:
 
     @property
     def target_modules(self) -> list[str]:
-        """The last names of the modules that carry an adapter."""
-        names = {name.rsplit(".", 1)[-1] for name, each in self.causal_lm.named_modules() if hasattr(each, "lora_A")}
-        return sorted(names)
+        """The last names of what carries an adapter: modules, and the parameters of experts, which are no modules."""
+        return sorted(
+            {_adapted(name, each) for name, each in self.causal_lm.named_modules() if hasattr(each, "lora_A")}
+        )
 
     @property
     def trained_parameters(self) -> int:
@@ -74,10 +93,17 @@ def load_config(source: BaseModelSource) -> object:
         )
 
 
-def load_base(source: BaseModelSource, dtype: torch.dtype, device: torch.device, attention: str) -> PreTrainedModel:
+def load_base(
+    source: BaseModelSource,
+    dtype: torch.dtype,
+    device: torch.device,
+    attention: str,
+    quantization: BitsAndBytesConfig | None = None,
+) -> PreTrainedModel:
     """The base's weights on the device; accelerate places them there tensor by tensor, without a second copy in memory.
 
-    `attention`: `auto`, `sdpa` or `eager`. Raises TrainingError MODEL_NOT_FOUND.
+    `attention`: `auto`, `sdpa` or `eager`; `quantization`: how linear weights are held, None for as they are. Raises
+    TrainingError MODEL_NOT_FOUND.
     """
     with _not_found(source), no_progress_bar():
         model: PreTrainedModel = AutoModelForCausalLM.from_pretrained(
@@ -86,10 +112,13 @@ def load_base(source: BaseModelSource, dtype: torch.dtype, device: torch.device,
             dtype=dtype,
             device_map={"": str(device)},
             attn_implementation=None if attention == "auto" else attention,
+            quantization_config=quantization,
             use_safetensors=True,
             trust_remote_code=False,
             local_files_only=not source.is_hub,
         )
+    if quantization is not None:
+        keep_differentiable(model)
     return model
 
 
@@ -101,11 +130,14 @@ def prepare(
     name: str,
     seed: int,
     resume_from: Path | None,
+    last_layers: int = 0,
 ) -> Trained:
     """Makes what is trained trainable. With `lora`: the adapter of a checkpoint, the one that is continued, or a new
-    one whose start depends on the seed alone. Without: every weight, a continued adapter merged first.
+    one whose start depends on the seed alone. Without: every weight, or those of the `last_layers` (0: all) layers, a
+    continued adapter merged first.
 
-    `name` is what the adapter's configuration calls its base. Raises TrainingError MODULE_NOT_FOUND.
+    `name` is what the adapter's configuration calls its base. Raises TrainingError MODULE_NOT_FOUND,
+    ADAPTER_UNSUPPORTED.
     """
     parameters = base.num_parameters()
     revision = getattr(base.config, "_commit_hash", None) or ""
@@ -115,6 +147,8 @@ def prepare(
             with _peft_on_this_transformers():
                 base = PeftModel.from_pretrained(base, adapter_dir).merge_and_unload()
         base.requires_grad_(True)
+        if last_layers:
+            train_last(base, last_layers)
         return Trained(base, None, parameters, revision)
     if resume_from is not None or adapter_dir:
         with _peft_on_this_transformers():
@@ -132,12 +166,30 @@ def prepare(
         lora_dropout=lora.dropout,
         target_modules=ALL_LINEAR if everything else list(lora.target_modules),
         modules_to_save=list(lora.modules_to_save) or None,
+        fan_in_fan_out=any(isinstance(each, Conv1D) for each in base.modules()),
+        use_rslora=lora.use_rslora,
+        use_dora=lora.use_dora,
+        init_lora_weights=_INIT[lora.init],
         task_type="CAUSAL_LM",
         base_model_name_or_path=name,
     )
     with _peft_on_this_transformers():
-        peft = get_peft_model(base, config)
+        try:
+            peft = get_peft_model(base, config)
+        except ValueError as error:
+            raise TrainingError(
+                "ADAPTER_UNSUPPORTED",
+                f"PEFT has no such adapter for this model: {error}".splitlines()[0],
+                "Set the dropout to 0 if it speaks of dropout; else name other target_modules.",
+            ) from error
     return Trained(_inside(peft), peft, parameters, revision)
+
+
+def _adapted(name: str, layer: nn.Module) -> str:
+    """What a LoRA layer adapts: its own last name, or that of one parameter of it."""
+    if isinstance(layer, ParamWrapper) and layer.parameter_name != "weight":
+        return layer.parameter_name
+    return name.removesuffix(".base_layer").rsplit(".", 1)[-1]
 
 
 def _widen(peft: PeftModel, folder: str) -> None:

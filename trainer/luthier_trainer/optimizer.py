@@ -11,13 +11,15 @@ _MOMENTS = ("exp_avg", "exp_avg_sq")
 
 @dataclass(frozen=True)
 class AdamSettings:
-    """What AdamW is made with."""
+    """What AdamW is made with. The second factors of an adapter learn at `second_factor_rate` times the rate (LoRA+,
+    Hayou et al. 2024, arXiv 2402.12354)."""
 
     beta1: float
     beta2: float
     epsilon: float
     weight_decay: float
     max_grad_norm: float
+    second_factor_rate: float = 1.0
 
 
 class Optimizer:
@@ -27,12 +29,13 @@ class Optimizer:
         self._masters = masters
         self._max_norm = settings.max_grad_norm
         self._parts = [
-            (slice(0, masters.decayed), settings.weight_decay),
-            (slice(masters.decayed, len(masters)), 0.0),
+            (slice(0, masters.first), settings.weight_decay, 1.0),
+            (slice(masters.first, masters.decayed), settings.weight_decay, settings.second_factor_rate),
+            (slice(masters.decayed, len(masters)), 0.0, 1.0),
         ]
-        self._parts = [(part, decay) for part, decay in self._parts if part.stop > part.start]
+        self._parts = [each for each in self._parts if each[0].stop > each[0].start]
         groups = []
-        for part, decay in self._parts:
+        for part, decay, _ in self._parts:
             values = torch.nn.Parameter(masters.values[part])
             values.grad = masters.gradients[part]
             groups.append({"params": [values], "weight_decay": decay})
@@ -49,8 +52,8 @@ class Optimizer:
         if torch.isfinite(norm):
             if self._max_norm > 0:
                 gradients.mul_(torch.clamp(self._max_norm / (norm + 1e-6), max=1.0))
-            for group in self._adam.param_groups:
-                group["lr"] = learning_rate
+            for group, (_, _, factor) in zip(self._adam.param_groups, self._parts, strict=True):
+                group["lr"] = learning_rate * factor
             self._adam.step()
             self._masters.publish()
         self._masters.zero_gradients()
@@ -84,7 +87,7 @@ class Optimizer:
         for moment, flat in moments.items():
             for name, each in self._masters.named(flat):
                 each.copy_(state[f"{moment}.{name}"])
-        for group, (part, _) in zip(self._adam.param_groups, self._parts, strict=True):
+        for group, (part, _, _) in zip(self._adam.param_groups, self._parts, strict=True):
             values = group["params"][0]
             step = state["step"].to(device=values.device if values.is_cuda else "cpu", dtype=torch.float32).clone()
             self._adam.state[values] = {

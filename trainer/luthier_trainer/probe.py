@@ -10,7 +10,8 @@ from transformers import PreTrainedModel
 
 from luthier_trainer.attention import UnsupportedAttention
 from luthier_trainer.flatten import MicroBatch
-from luthier_trainer.forward import DOCUMENTS, Forward, plain_head, set_attention
+from luthier_trainer.forward import DOCUMENTS, Forward, plain_head, set_attention, shaping_of
+from luthier_trainer.loss import wide_logits
 
 _KNOWN_LAYERS = {"full_attention", "sliding_attention"}
 _TOLERANCE = {torch.float64: 1e-6, torch.float32: 1e-3, torch.bfloat16: 5e-2, torch.float16: 2e-2}
@@ -36,6 +37,8 @@ def choose_forward(model: PreTrainedModel, attention: str, longest: int) -> tupl
     fused = _head_is_plain(model, documents)
     if not fused:
         notes.append("the model's own forward computes its logits: its head is not a plain linear layer")
+    if getattr(model.config.get_text_config(), "output_router_logits", False):
+        notes.append("the routers' auxiliary loss is left out: the loss is the cross-entropy of the trained tokens")
     model.train(was_training)
     return Forward(model, documents, fused), notes
 
@@ -94,6 +97,8 @@ def _refuses_documents(model: PreTrainedModel, longest: int) -> str:
     expected = torch.cat([alone.logits(_alone(each)) for each in documents])
     try:
         set_attention(model, DOCUMENTS)
+        if model.config._attn_implementation != DOCUMENTS:  # transformers only logs that it could not
+            return "its attention cannot be switched"
         found = Forward(model, documents=True, fused_head=False).logits(_flat(documents))
     except (UnsupportedAttention, RuntimeError, ValueError, TypeError, KeyError, AttributeError) as error:
         set_attention(model, own)
@@ -107,8 +112,8 @@ def _refuses_documents(model: PreTrainedModel, longest: int) -> str:
 
 @torch.no_grad()
 def _head_is_plain(model: PreTrainedModel, documents: bool) -> bool:
-    """Whether the logits are the plain head's of the decoder's last hidden state: no scaling, no capping, no
-    adapter."""
+    """Whether the logits are the plain head's of the decoder's last hidden state, in the shape that the configuration
+    tells: no adapter, no hook, and nothing that nobody told."""
     head = plain_head(model)
     if head is None:
         return False
@@ -119,7 +124,10 @@ def _head_is_plain(model: PreTrainedModel, documents: bool) -> bool:
     except (AttributeError, TypeError, ValueError):
         return False
     expected = Forward(model, documents, fused_head=False).logits(batch)
-    return _relative_error(F.linear(hidden, head.weight, head.bias), expected) < _TOLERANCE[model.dtype] / 10
+    return (
+        _relative_error(wide_logits(hidden, head.weight, head.bias, shaping_of(model)), expected)
+        < _TOLERANCE[model.dtype] / 10
+    )
 
 
 def bfloat16_gain(features: int, width: int, rows: int = 1024) -> float:

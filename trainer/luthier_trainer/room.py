@@ -16,8 +16,8 @@ _Written = TypeVar("_Written")
 def with_room(job: Job, write: Callable[[], _Written]) -> _Written:
     """What `write` returns. When the disk is full, room is made and `write` called once more.
 
-    Deleted are the job's checkpoints but for the newest that is known to be whole, and tokenised datasets that no
-    trainer uses. Raises TrainingError STORAGE_FULL when there is nothing to delete or it did not help.
+    Deleted are the job's checkpoints but for the newest that is known to be whole and the best it knows, and tokenised
+    datasets that no trainer uses. Raises TrainingError STORAGE_FULL when there is nothing to delete or it did not help.
     """
     try:
         return write()
@@ -34,7 +34,8 @@ def with_room(job: Job, write: Callable[[], _Written]) -> _Written:
 
 def _make_room(checkpoints: Path, newest: str, cache: Path) -> list[str]:
     """Deletes what can be done without; returns it in words. Without a newest checkpoint none is deleted."""
-    doomed = [each for each in checkpoint.newest_first(checkpoints) if newest and each.name != newest]
+    kept = checkpoint.with_bests([checkpoints / newest]) if newest else set()
+    doomed = [each for each in checkpoint.newest_first(checkpoints) if newest and each.name not in kept]
     for directory in doomed:
         checkpoint.delete(directory)
     deleted = [f"the checkpoints {', '.join(each.name for each in doomed)}"] if doomed else []

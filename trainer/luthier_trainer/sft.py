@@ -11,18 +11,19 @@ import torch
 from luthier.trainer.v1.report_pb2 import Finished, Stopped
 from luthier.trainer.v1.task_pb2 import TrainerTask
 from luthier.v1 import event_pb2
-from luthier_trainer import checkpoint, recheck
+from luthier_trainer import best, checkpoint, recheck
 from luthier_trainer.config import read_places, read_settings
 from luthier_trainer.control import Control
 from luthier_trainer.divergence import Carried, Diverged, leave_out, leave_out_empty, roll_back
 from luthier_trainer.evaluate import evaluate
 from luthier_trainer.flatten import Example, scored_tokens
+from luthier_trainer.gauges import readings
 from luthier_trainer.job import Job, set_up
 from luthier_trainer.report import Reporter, checkpoint_saved
 from luthier_trainer.room import with_room
 from luthier_trainer.sample import answer
 from luthier_trainer.save import save_model
-from luthier_trainer.schedule import learning_rate
+from luthier_trainer.schedule import decay_steps, learning_rate
 from luthier_trainer.state import step_of, verified_state
 from luthier_trainer.stop import Check, StopRequested, check_of
 
@@ -46,10 +47,14 @@ def train(task: TrainerTask, reporter: Reporter, control: Control) -> Finished |
         try:
             job = set_up(task, settings, places, reporter, check)
             if carried is None:
+                best.take_up(job)
                 _introduce(job)
             else:
                 carried.hand_to(job)
             _train(job, check)
+            best.take_the_best(job, _save_checkpoint)
+            if job.counters.step > 0:
+                _sample(job, check)
             check()
             return _finish(job)
         except StopRequested:
@@ -94,14 +99,39 @@ def _train(job: Job, check: Check) -> None:
     while counters.step < job.total_steps:
         if _evaluation_is_due(job):  # only true here when a stop came before it
             _evaluate(job, check)
+        if best.stops(job):
+            _stop_early(job)
+            break
+        if _sample_is_due(job):
+            _sample(job, check)
         _make_step(job, check)
         if _evaluation_is_due(job):
             _evaluate(job, check)
         if counters.step % every == 0:
             _save_checkpoint(job)
     _evaluate(job, check)
-    if counters.step > 0:
-        _sample(job, check)
+
+
+def _tell_step(job: Job) -> None:
+    """Reports the newest step, unless that was done."""
+    if job.untold is None:
+        return
+    if job.operations and job.peak_flops:
+        job.untold.metrics["mfu"] = job.throughput.operations_per_second / job.peak_flops
+    job.untold.metrics.update(readings(job.compute.device))
+    job.reporter.report(job.untold)
+    job.untold = None
+
+
+def _stop_early(job: Job) -> None:
+    """Tells that training ends before its last step, and where."""
+    _tell_step(job)
+    standing = job.counters.standing
+    message = (
+        f"stopped early at step {job.counters.step} of {job.total_steps}: {standing.unimproved} evaluations without"
+        f" improvement, the best at step {standing.best_step}"
+    )
+    job.reporter.report(event_pb2.LogEmitted(level=event_pb2.LOG_LEVEL_INFO, message=message))
 
 
 def _make_step(job: Job, check: Check) -> None:
@@ -118,7 +148,13 @@ def _make_step(job: Job, check: Check) -> None:
     examples = [example for index in rows for example in job.rows.examples(int(index))]
     loss, tokens = _accumulate(job, examples, check)
     rate = learning_rate(
-        settings.peak_rate, settings.scheduler, counters.step, warmup=job.warmup, total_steps=job.total_steps
+        settings.peak_rate,
+        settings.scheduler,
+        counters.step,
+        warmup=job.warmup,
+        total_steps=job.total_steps,
+        decay=decay_steps(job.total_steps, settings.decay_ratio),
+        floor=settings.min_rate_ratio,
     )
     norm = float(job.optimizer.step(rate)) if math.isfinite(loss) else math.nan
     if not math.isfinite(norm):
@@ -130,24 +166,23 @@ def _make_step(job: Job, check: Check) -> None:
     counters.trained_tokens += tokens
     counters.loss_total += loss
     counters.last_loss = loss
-    counters.seconds += job.throughput.stop(tokens)
+    counters.seconds += job.throughput.stop(tokens, job.operations.of_examples(examples) if job.operations else 0.0)
     if counters.step <= job.told:
         return
     job.told = counters.step
+    job.untold = event_pb2.StepCompleted(
+        step=counters.step,
+        total_steps=job.total_steps,
+        epoch=job.epoch,
+        loss=loss,
+        learning_rate=rate,
+        grad_norm=norm,
+        tokens_per_second=job.throughput.tokens_per_second,
+        trained_tokens=counters.trained_tokens,
+        computed_tokens=counters.computed_tokens,
+    )
     if counters.step % settings.log_every == 0 or counters.step in (1, job.total_steps):
-        job.reporter.report(
-            event_pb2.StepCompleted(
-                step=counters.step,
-                total_steps=job.total_steps,
-                epoch=job.epoch,
-                loss=loss,
-                learning_rate=rate,
-                grad_norm=norm,
-                tokens_per_second=job.throughput.tokens_per_second,
-                trained_tokens=counters.trained_tokens,
-                computed_tokens=counters.computed_tokens,
-            )
-        )
+        _tell_step(job)
 
 
 def _accumulate(job: Job, examples: Sequence[Example], check: Check) -> tuple[float, int]:
@@ -170,17 +205,20 @@ def _accumulate(job: Job, examples: Sequence[Example], check: Check) -> tuple[fl
 
 def _accumulate_once(job: Job, examples: Sequence[Example], check: Check) -> tuple[float, int]:
     job.masters.zero_gradients()
-    torch.manual_seed(_stream(job.settings.seed, job.counters.step))
+    stream = _stream(job.settings.seed, job.counters.step)
+    torch.manual_seed(stream)
     share = 1.0 / scored_tokens(examples)
     loss = torch.zeros((), dtype=torch.float64, device=job.compute.device)
-    tokens = 0
+    tokens = done = 0
     for batch in job.batches.of(examples):
         check()
         if len(batch.targets):
-            part = job.forward.loss_sum(batch) * share
+            with job.neftune.noise(batch.lengths, first=done, seed=stream):
+                part = job.forward.loss_sum(batch) * share
             part.backward()  # type: ignore[no-untyped-call]
             loss += part.detach()
         tokens += batch.tokens
+        done += len(batch.lengths)
         job.counters.computed_tokens += batch.tokens
     return float(loss), tokens
 
@@ -220,7 +258,16 @@ def _evaluate(job: Job, check: Check) -> None:
     counters.evaluation["eval_loss"] = result.loss
     counters.evaluation["eval_token_accuracy"] = result.token_accuracy
     counters.evaluated_step = counters.step
+    result.best = counters.step > 0 and best.judge(job, result)
     job.reporter.report(result)
+    if result.best and job.settings.keep_best:
+        _save_checkpoint(job)
+
+
+def _sample_is_due(job: Job) -> bool:
+    counters = job.counters
+    evaluated = counters.evaluated_step == counters.step > max(counters.sampled_step, 0)
+    return job.settings.sample_each_evaluation and evaluated
 
 
 def _sample(job: Job, check: Check) -> None:
@@ -238,7 +285,9 @@ def _sample(job: Job, check: Check) -> None:
         attention=job.generation_attention,
         check=check,
     )
-    job.reporter.report(event_pb2.SamplesGenerated(step=job.counters.step, samples=samples))
+    step = job.counters.step if job.holds is None else job.holds
+    job.reporter.report(event_pb2.SamplesGenerated(step=step, samples=samples))
+    job.counters.sampled_step = job.counters.step
 
 
 def _save_checkpoint(job: Job) -> str:
@@ -269,6 +318,7 @@ def _finish(job: Job) -> Finished:
         "trained_tokens": float(counters.trained_tokens),
         "training_seconds": counters.seconds,
         **counters.evaluation,
+        **best.metrics(job),
     }
     if counters.step == len(counters.skipped) + counters.empty:  # no step made a loss
         del metrics["train_loss"], metrics["final_loss"]
@@ -277,4 +327,4 @@ def _finish(job: Job) -> Finished:
     if counters.empty:
         metrics["empty_steps"] = float(counters.empty)
     size = with_room(job, lambda: save_model(job, metrics))
-    return Finished(step=counters.step, size_bytes=size, metrics=metrics)
+    return Finished(step=counters.step if job.holds is None else job.holds, size_bytes=size, metrics=metrics)

@@ -9,6 +9,7 @@ from typing import Any
 from luthier_trainer import durable
 from luthier_trainer.errors import TrainingError
 from luthier_trainer.report import checkpoint_step
+from luthier_trainer.standing import Standing
 
 STATE = "state.json"
 _FORMAT = 1
@@ -20,7 +21,7 @@ class Counters:
 
     `loss_total` sums the loss of every step; `evaluated_step` is the newest step that was evaluated, -1 for none;
     `skipped` are the steps that were made without an update because something was not finite, oldest first; `empty`
-    counts those whose rows train nothing.
+    counts those whose rows train nothing; `sampled_step` is the newest step whose samples were told, -1 for none.
     """
 
     step: int = 0
@@ -33,6 +34,8 @@ class Counters:
     evaluation: dict[str, float] = dataclasses.field(default_factory=dict)
     skipped: list[int] = dataclasses.field(default_factory=list)
     empty: int = 0
+    sampled_step: int = -1
+    standing: Standing = dataclasses.field(default_factory=Standing)
 
 
 @dataclass(frozen=True)
@@ -78,7 +81,9 @@ def read_state(directory: Path) -> State:
         raw = json.loads((directory / STATE).read_bytes())
         if raw.pop("format") != _FORMAT:
             raise ValueError("its format is not known")
-        counters, plan = Counters(**raw.pop("counters")), ResumedPlan(**raw.pop("plan"))
+        numbers = raw.pop("counters")
+        standing = Standing(**numbers.pop("standing", {}))
+        counters, plan = Counters(**numbers, standing=standing), ResumedPlan(**raw.pop("plan"))
         return State(counters=counters, plan=plan, **raw)
     except (OSError, ValueError, KeyError, TypeError, AttributeError) as error:
         raise TrainingError(

@@ -96,7 +96,7 @@ def _samples(picture: JobPicture) -> None:
     if not picture.samples:
         return
     room = max(20, output.columns() - 12)
-    first, last = picture.samples[min(picture.samples)], picture.samples[max(picture.samples)]
+    first, last = picture.samples[min(picture.samples)], list(picture.samples.values())[-1]
     for index, sample in enumerate(last.samples[:3]):
         rows = [("prompt", output.one_line(sample.prompt, room))]
         if first is not last and index < len(first.samples):

@@ -115,6 +115,7 @@ class JobPicture:
         elif payload == "resume_checked":
             self.resumed = event.resume_checked
         elif payload == "samples_generated":
+            self.samples.pop(event.samples_generated.step, None)  # the newest is last, whatever its step
             self.samples[event.samples_generated.step] = event.samples_generated
         elif payload == "log_emitted" and event.log_emitted.level in (LOG_LEVEL_WARNING, LOG_LEVEL_ERROR):
             self.warning = event.log_emitted.message

@@ -3,6 +3,7 @@
 from pathlib import Path
 
 import pytest
+from google.protobuf.descriptor import FieldDescriptor
 
 from luthier.v1.job_pb2 import DTYPE_FLOAT32, LR_SCHEDULER_COSINE, FineTuneTask, JobSpec
 from luthier_client.errors import SpecFileError
@@ -162,6 +163,8 @@ def test_every_field_of_the_contract_can_be_set_by_its_full_path() -> None:
         key = f"{path}.key" if is_map(field) else path
         if field.enum_type is not None:
             value = field.enum_type.values[1].name
+        elif field.cpp_type == FieldDescriptor.CPPTYPE_BOOL:
+            value = "true"
         else:
             value = "" if field.message_type is not None and not is_map(field) else values["enum"]
         apply_settings(spec, [f"{key}={value}"])

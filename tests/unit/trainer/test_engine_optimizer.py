@@ -1,14 +1,22 @@
 """The optimizer, clipping and schedules are torch's and transformers' own."""
 
+from collections.abc import Callable
+
 import pytest
 import torch
 from torch import nn
+from torch.optim.lr_scheduler import LRScheduler
 from transformers import get_scheduler
+from transformers.optimization import (
+    get_cosine_with_min_lr_schedule_with_warmup,
+    get_polynomial_decay_schedule_with_warmup,
+    get_wsd_schedule,
+)
 
 from luthier.v1 import job_pb2
 from luthier_trainer.masters import Masters
 from luthier_trainer.optimizer import AdamSettings, Optimizer
-from luthier_trainer.schedule import learning_rate, warmup_steps
+from luthier_trainer.schedule import decay_steps, learning_rate, warmup_steps
 
 SETTINGS = AdamSettings(beta1=0.9, beta2=0.95, epsilon=1e-6, weight_decay=0.1, max_grad_norm=0.5)
 
@@ -37,6 +45,56 @@ def test_rates_equal_those_of_transformers(
         assert found == pytest.approx(scheduler.get_last_lr()[0], rel=1e-12, abs=1e-18)
         adam.step()
         scheduler.step()
+
+
+@pytest.mark.parametrize(("warmup", "total"), [(0, 20), (5, 20), (1, 2), (30, 20)])
+@pytest.mark.parametrize("floor", [0.0, 0.1])
+def test_floors_equal_those_of_transformers(warmup: int, total: int, floor: float) -> None:
+    def expected(make: Callable[..., LRScheduler], **settings: float) -> list[float]:
+        adam = torch.optim.AdamW([nn.Parameter(torch.zeros(1))], lr=3e-4)
+        scheduler = make(adam, num_warmup_steps=warmup, num_training_steps=total, **settings)
+        rates: list[float] = []
+        for _ in range(total):
+            rates += map(float, scheduler.get_last_lr())
+            adam.step()
+            scheduler.step()
+        return rates
+
+    def found(shape: job_pb2.LrScheduler.ValueType) -> list[float]:
+        return [
+            learning_rate(3e-4, shape, step, warmup=warmup, total_steps=total, floor=floor) for step in range(total)
+        ]
+
+    cosine = expected(get_cosine_with_min_lr_schedule_with_warmup, min_lr_rate=floor)
+    assert found(job_pb2.LR_SCHEDULER_COSINE) == pytest.approx(cosine, rel=1e-12, abs=1e-18)
+    linear = expected(get_polynomial_decay_schedule_with_warmup, lr_end=3e-4 * floor, power=1.0)
+    assert found(job_pb2.LR_SCHEDULER_LINEAR) == pytest.approx(linear, rel=1e-12, abs=1e-18)
+
+
+@pytest.mark.parametrize(
+    ("warmup", "decay", "total"), [(0, 4, 20), (5, 2, 20), (0, 20, 20), (15, 10, 20), (3, 0, 5), (30, 2, 20)]
+)
+@pytest.mark.parametrize("floor", [0.0, 0.1])
+def test_warmup_stable_decay_equals_that_of_transformers(warmup: int, decay: int, total: int, floor: float) -> None:
+    adam = torch.optim.AdamW([nn.Parameter(torch.zeros(1))], lr=3e-4)
+    scheduler = get_wsd_schedule(
+        adam,
+        num_warmup_steps=warmup,
+        num_decay_steps=decay,
+        num_training_steps=total,
+        decay_type="linear",
+        min_lr_ratio=floor,
+    )
+    shape = job_pb2.LR_SCHEDULER_WARMUP_STABLE_DECAY
+    for step in range(total):
+        found = learning_rate(3e-4, shape, step, warmup=warmup, total_steps=total, decay=decay, floor=floor)
+        assert found == pytest.approx(scheduler.get_last_lr()[0], rel=1e-12, abs=1e-18)
+        adam.step()
+        scheduler.step()
+
+
+def test_the_decay_is_a_share_rounded_up() -> None:
+    assert [decay_steps(total, 0.1) for total in (1, 10, 11, 100)] == [1, 1, 2, 10]
 
 
 def test_warmup_is_the_steps_given_or_a_share_rounded_up() -> None:

@@ -361,7 +361,9 @@ class TokenReport(google.protobuf.message.Message):
     """
     @property
     def tokenization(self) -> luthier.v1.tokenization_pb2.Tokenization:
-        """How rows became tokens, nothing left open but the model's own template."""
+        """How rows became tokens, nothing left open but the model's own template. In place of a template's text it holds
+        `given`; template_sha256 says which.
+        """
 
     @property
     def findings(self) -> google.protobuf.internal.containers.RepeatedCompositeFieldContainer[Global___Finding]:

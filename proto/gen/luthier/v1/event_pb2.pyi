@@ -315,6 +315,7 @@ class PlanResolved(google.protobuf.message.Message):
     THREADS_FIELD_NUMBER: builtins.int
     TRUNCATED_ROWS_FIELD_NUMBER: builtins.int
     NOTES_FIELD_NUMBER: builtins.int
+    PEAK_FLOPS_FIELD_NUMBER: builtins.int
     device: builtins.str
     """`cpu` or `cuda:0`."""
     dtype: builtins.str
@@ -337,6 +338,8 @@ class PlanResolved(google.protobuf.message.Message):
     """CPU threads."""
     truncated_rows: builtins.int
     """Rows cut to max_length."""
+    peak_flops: builtins.float
+    """Floating-point operations a second of a large product in this dtype on this device, measured; 0 when unknown."""
     @property
     def target_modules(self) -> google.protobuf.internal.containers.RepeatedScalarFieldContainer[builtins.str]:
         """The modules that got an adapter, by their last name."""
@@ -361,8 +364,9 @@ class PlanResolved(google.protobuf.message.Message):
         threads: builtins.int = ...,
         truncated_rows: builtins.int = ...,
         notes: collections.abc.Iterable[builtins.str] | None = ...,
+        peak_flops: builtins.float = ...,
     ) -> None: ...
-    def ClearField(self, field_name: typing.Literal["attention", b"attention", "base_parameters", b"base_parameters", "device", b"device", "dtype", b"dtype", "micro_batch_tokens", b"micro_batch_tokens", "notes", b"notes", "target_modules", b"target_modules", "threads", b"threads", "total_steps", b"total_steps", "trained_parameters", b"trained_parameters", "training_rows", b"training_rows", "truncated_rows", b"truncated_rows", "validation_rows", b"validation_rows"]) -> None: ...
+    def ClearField(self, field_name: typing.Literal["attention", b"attention", "base_parameters", b"base_parameters", "device", b"device", "dtype", b"dtype", "micro_batch_tokens", b"micro_batch_tokens", "notes", b"notes", "peak_flops", b"peak_flops", "target_modules", b"target_modules", "threads", b"threads", "total_steps", b"total_steps", "trained_parameters", b"trained_parameters", "training_rows", b"training_rows", "truncated_rows", b"truncated_rows", "validation_rows", b"validation_rows"]) -> None: ...
 
 Global___PlanResolved: typing_extensions.TypeAlias = PlanResolved
 
@@ -448,7 +452,9 @@ class StepCompleted(google.protobuf.message.Message):
     """Real tokens computed so far in all attempts; never goes back."""
     @property
     def metrics(self) -> google.protobuf.internal.containers.ScalarMap[builtins.str, builtins.float]:
-        """Further numbers by name."""
+        """Further numbers by name: `mfu`, the share of peak_flops that real tokens used over the last seconds; `memory_bytes`
+        resident on a CPU, `gpu_memory_bytes` and `gpu_utilization` (0 to 1) on a GPU.
+        """
 
     def __init__(
         self,
@@ -481,6 +487,7 @@ class EvaluationCompleted(google.protobuf.message.Message):
     TOKEN_ACCURACY_FIELD_NUMBER: builtins.int
     SCORED_TOKENS_FIELD_NUMBER: builtins.int
     ROWS_FIELD_NUMBER: builtins.int
+    BEST_FIELD_NUMBER: builtins.int
     step: builtins.int
     """The step after which it was evaluated; 0 is the base model."""
     epoch: builtins.float
@@ -495,6 +502,8 @@ class EvaluationCompleted(google.protobuf.message.Message):
     """Scored tokens."""
     rows: builtins.int
     """Rows."""
+    best: builtins.bool
+    """Whether it is the best so far, by evaluation.early_stopping.metric; never at step 0."""
     def __init__(
         self,
         *,
@@ -505,8 +514,9 @@ class EvaluationCompleted(google.protobuf.message.Message):
         token_accuracy: builtins.float = ...,
         scored_tokens: builtins.int = ...,
         rows: builtins.int = ...,
+        best: builtins.bool = ...,
     ) -> None: ...
-    def ClearField(self, field_name: typing.Literal["epoch", b"epoch", "loss", b"loss", "perplexity", b"perplexity", "rows", b"rows", "scored_tokens", b"scored_tokens", "step", b"step", "token_accuracy", b"token_accuracy"]) -> None: ...
+    def ClearField(self, field_name: typing.Literal["best", b"best", "epoch", b"epoch", "loss", b"loss", "perplexity", b"perplexity", "rows", b"rows", "scored_tokens", b"scored_tokens", "step", b"step", "token_accuracy", b"token_accuracy"]) -> None: ...
 
 Global___EvaluationCompleted: typing_extensions.TypeAlias = EvaluationCompleted
 

@@ -77,6 +77,62 @@ JOB_STATE_CANCELLED: JobState.ValueType  # 10
 """Ended because somebody asked for it. Terminal."""
 Global___JobState: typing_extensions.TypeAlias = JobState
 
+class _LoraInit:
+    ValueType = typing.NewType("ValueType", builtins.int)
+    V: typing_extensions.TypeAlias = ValueType
+
+class _LoraInitEnumTypeWrapper(google.protobuf.internal.enum_type_wrapper._EnumTypeWrapper[_LoraInit.ValueType], builtins.type):
+    DESCRIPTOR: google.protobuf.descriptor.EnumDescriptor
+    LORA_INIT_UNSPECIFIED: _LoraInit.ValueType  # 0
+    """The server decides: kaiming."""
+    LORA_INIT_KAIMING: _LoraInit.ValueType  # 1
+    """The first factor uniform (Kaiming), the second zero: PEFT's default."""
+    LORA_INIT_GAUSSIAN: _LoraInit.ValueType  # 2
+    """The first factor normal with a deviation of 1 / rank, the second zero."""
+    LORA_INIT_ORTHOGONAL: _LoraInit.ValueType  # 3
+    """Both factors random, in subspaces that are orthogonal to each other; needs an even rank."""
+
+class LoraInit(_LoraInit, metaclass=_LoraInitEnumTypeWrapper):
+    """How the factors of a new adapter start. Each leaves the model's outputs as they were, up to rounding."""
+
+LORA_INIT_UNSPECIFIED: LoraInit.ValueType  # 0
+"""The server decides: kaiming."""
+LORA_INIT_KAIMING: LoraInit.ValueType  # 1
+"""The first factor uniform (Kaiming), the second zero: PEFT's default."""
+LORA_INIT_GAUSSIAN: LoraInit.ValueType  # 2
+"""The first factor normal with a deviation of 1 / rank, the second zero."""
+LORA_INIT_ORTHOGONAL: LoraInit.ValueType  # 3
+"""Both factors random, in subspaces that are orthogonal to each other; needs an even rank."""
+Global___LoraInit: typing_extensions.TypeAlias = LoraInit
+
+class _LoraQuantization:
+    ValueType = typing.NewType("ValueType", builtins.int)
+    V: typing_extensions.TypeAlias = ValueType
+
+class _LoraQuantizationEnumTypeWrapper(google.protobuf.internal.enum_type_wrapper._EnumTypeWrapper[_LoraQuantization.ValueType], builtins.type):
+    DESCRIPTOR: google.protobuf.descriptor.EnumDescriptor
+    LORA_QUANTIZATION_UNSPECIFIED: _LoraQuantization.ValueType  # 0
+    """The server decides: none."""
+    LORA_QUANTIZATION_NONE: _LoraQuantization.ValueType  # 1
+    """As they are computed with."""
+    LORA_QUANTIZATION_NF4: _LoraQuantization.ValueType  # 2
+    """4 bits a weight: NF4, with its constants quantised too."""
+    LORA_QUANTIZATION_INT8: _LoraQuantization.ValueType  # 3
+    """8 bits a weight: LLM.int8()."""
+
+class LoraQuantization(_LoraQuantization, metaclass=_LoraQuantizationEnumTypeWrapper):
+    """How the frozen weights below an adapter are held (QLoRA, Dettmers et al. 2023). Needs bitsandbytes in the trainer."""
+
+LORA_QUANTIZATION_UNSPECIFIED: LoraQuantization.ValueType  # 0
+"""The server decides: none."""
+LORA_QUANTIZATION_NONE: LoraQuantization.ValueType  # 1
+"""As they are computed with."""
+LORA_QUANTIZATION_NF4: LoraQuantization.ValueType  # 2
+"""4 bits a weight: NF4, with its constants quantised too."""
+LORA_QUANTIZATION_INT8: LoraQuantization.ValueType  # 3
+"""8 bits a weight: LLM.int8()."""
+Global___LoraQuantization: typing_extensions.TypeAlias = LoraQuantization
+
 class _LrScheduler:
     ValueType = typing.NewType("ValueType", builtins.int)
     V: typing_extensions.TypeAlias = ValueType
@@ -86,11 +142,15 @@ class _LrSchedulerEnumTypeWrapper(google.protobuf.internal.enum_type_wrapper._En
     LR_SCHEDULER_UNSPECIFIED: _LrScheduler.ValueType  # 0
     """The server decides: cosine."""
     LR_SCHEDULER_COSINE: _LrScheduler.ValueType  # 1
-    """Half a cosine down to 0."""
+    """Half a cosine down to the floor."""
     LR_SCHEDULER_LINEAR: _LrScheduler.ValueType  # 2
-    """A straight line down to 0."""
+    """A straight line down to the floor."""
     LR_SCHEDULER_CONSTANT: _LrScheduler.ValueType  # 3
     """No decay."""
+    LR_SCHEDULER_WARMUP_STABLE_DECAY: _LrScheduler.ValueType  # 4
+    """No decay but for the last decay_ratio of all steps: there a straight line down to the floor. Its warmup begins at
+    the floor.
+    """
 
 class LrScheduler(_LrScheduler, metaclass=_LrSchedulerEnumTypeWrapper):
     """The shape of the learning rate after its warmup."""
@@ -98,11 +158,15 @@ class LrScheduler(_LrScheduler, metaclass=_LrSchedulerEnumTypeWrapper):
 LR_SCHEDULER_UNSPECIFIED: LrScheduler.ValueType  # 0
 """The server decides: cosine."""
 LR_SCHEDULER_COSINE: LrScheduler.ValueType  # 1
-"""Half a cosine down to 0."""
+"""Half a cosine down to the floor."""
 LR_SCHEDULER_LINEAR: LrScheduler.ValueType  # 2
-"""A straight line down to 0."""
+"""A straight line down to the floor."""
 LR_SCHEDULER_CONSTANT: LrScheduler.ValueType  # 3
 """No decay."""
+LR_SCHEDULER_WARMUP_STABLE_DECAY: LrScheduler.ValueType  # 4
+"""No decay but for the last decay_ratio of all steps: there a straight line down to the floor. Its warmup begins at
+the floor.
+"""
 Global___LrScheduler: typing_extensions.TypeAlias = LrScheduler
 
 class _Dtype:
@@ -128,6 +192,54 @@ DTYPE_FLOAT32: Dtype.ValueType  # 1
 DTYPE_BFLOAT16: Dtype.ValueType  # 2
 """bfloat16; what is trained keeps 32-bit masters."""
 Global___Dtype: typing_extensions.TypeAlias = Dtype
+
+class _EvaluationMetric:
+    ValueType = typing.NewType("ValueType", builtins.int)
+    V: typing_extensions.TypeAlias = ValueType
+
+class _EvaluationMetricEnumTypeWrapper(google.protobuf.internal.enum_type_wrapper._EnumTypeWrapper[_EvaluationMetric.ValueType], builtins.type):
+    DESCRIPTOR: google.protobuf.descriptor.EnumDescriptor
+    EVALUATION_METRIC_UNSPECIFIED: _EvaluationMetric.ValueType  # 0
+    """The server decides: loss."""
+    EVALUATION_METRIC_LOSS: _EvaluationMetric.ValueType  # 1
+    """Mean loss per scored token; lower is better."""
+    EVALUATION_METRIC_TOKEN_ACCURACY: _EvaluationMetric.ValueType  # 2
+    """Share of scored tokens that the model puts first; higher is better."""
+
+class EvaluationMetric(_EvaluationMetric, metaclass=_EvaluationMetricEnumTypeWrapper):
+    """What an evaluation is judged by."""
+
+EVALUATION_METRIC_UNSPECIFIED: EvaluationMetric.ValueType  # 0
+"""The server decides: loss."""
+EVALUATION_METRIC_LOSS: EvaluationMetric.ValueType  # 1
+"""Mean loss per scored token; lower is better."""
+EVALUATION_METRIC_TOKEN_ACCURACY: EvaluationMetric.ValueType  # 2
+"""Share of scored tokens that the model puts first; higher is better."""
+Global___EvaluationMetric: typing_extensions.TypeAlias = EvaluationMetric
+
+class _SamplesAt:
+    ValueType = typing.NewType("ValueType", builtins.int)
+    V: typing_extensions.TypeAlias = ValueType
+
+class _SamplesAtEnumTypeWrapper(google.protobuf.internal.enum_type_wrapper._EnumTypeWrapper[_SamplesAt.ValueType], builtins.type):
+    DESCRIPTOR: google.protobuf.descriptor.EnumDescriptor
+    SAMPLES_AT_UNSPECIFIED: _SamplesAt.ValueType  # 0
+    """The server decides: ends."""
+    SAMPLES_AT_ENDS: _SamplesAt.ValueType  # 1
+    """At step 0 and by the model that comes out."""
+    SAMPLES_AT_EACH_EVALUATION: _SamplesAt.ValueType  # 2
+    """At every evaluation too."""
+
+class SamplesAt(_SamplesAt, metaclass=_SamplesAtEnumTypeWrapper):
+    """When the sample prompts are answered."""
+
+SAMPLES_AT_UNSPECIFIED: SamplesAt.ValueType  # 0
+"""The server decides: ends."""
+SAMPLES_AT_ENDS: SamplesAt.ValueType  # 1
+"""At step 0 and by the model that comes out."""
+SAMPLES_AT_EACH_EVALUATION: SamplesAt.ValueType  # 2
+"""At every evaluation too."""
+Global___SamplesAt: typing_extensions.TypeAlias = SamplesAt
 
 @typing.final
 class Job(google.protobuf.message.Message):
@@ -438,7 +550,7 @@ class FineTuneTask(google.protobuf.message.Message):
 
     @property
     def full(self) -> Global___Full:
-        """Every weight."""
+        """Every weight, or those of the last layers."""
 
     @property
     def hyperparameters(self) -> Global___Hyperparameters:
@@ -509,12 +621,29 @@ class Lora(google.protobuf.message.Message):
     DROPOUT_FIELD_NUMBER: builtins.int
     TARGET_MODULES_FIELD_NUMBER: builtins.int
     MODULES_TO_SAVE_FIELD_NUMBER: builtins.int
+    USE_RSLORA_FIELD_NUMBER: builtins.int
+    USE_DORA_FIELD_NUMBER: builtins.int
+    INIT_FIELD_NUMBER: builtins.int
+    LORA_PLUS_RATIO_FIELD_NUMBER: builtins.int
+    QUANTIZATION_FIELD_NUMBER: builtins.int
     rank: builtins.int
     """Rank of the two factors. Default 16."""
     alpha: builtins.float
-    """The product of the factors is scaled by alpha / rank. Default: twice the rank."""
+    """The product of the factors is scaled by alpha / rank, or as use_rslora says. Default: twice the rank."""
     dropout: builtins.float
     """Dropout on the adapter's input while training. Default 0."""
+    use_rslora: builtins.bool
+    """The product of the factors is scaled by alpha / sqrt(rank) (rsLoRA, Kalajdzievski 2023). Default false."""
+    use_dora: builtins.bool
+    """Direction and magnitude of each weight are adapted apart (DoRA, Liu et al. 2024). Default false."""
+    init: Global___LoraInit.ValueType
+    """How the factors start. Default: kaiming."""
+    lora_plus_ratio: builtins.float
+    """The second factor learns at so many times the learning rate (LoRA+, Hayou et al. 2024). Default 1."""
+    quantization: Global___LoraQuantization.ValueType
+    """How the frozen linear weights are held; the head, embeddings and modules_to_save stay as they are. DoRA is not offered
+    on int8. Default: none.
+    """
     @property
     def target_modules(self) -> google.protobuf.internal.containers.RepeatedScalarFieldContainer[builtins.str]:
         """Names of the linear modules that get an adapter (`q_proj`, ...), or `all-linear`. Default: all-linear."""
@@ -531,27 +660,48 @@ class Lora(google.protobuf.message.Message):
         dropout: builtins.float | None = ...,
         target_modules: collections.abc.Iterable[builtins.str] | None = ...,
         modules_to_save: collections.abc.Iterable[builtins.str] | None = ...,
+        use_rslora: builtins.bool | None = ...,
+        use_dora: builtins.bool | None = ...,
+        init: Global___LoraInit.ValueType = ...,
+        lora_plus_ratio: builtins.float | None = ...,
+        quantization: Global___LoraQuantization.ValueType = ...,
     ) -> None: ...
-    def HasField(self, field_name: typing.Literal["_alpha", b"_alpha", "_dropout", b"_dropout", "_rank", b"_rank", "alpha", b"alpha", "dropout", b"dropout", "rank", b"rank"]) -> builtins.bool: ...
-    def ClearField(self, field_name: typing.Literal["_alpha", b"_alpha", "_dropout", b"_dropout", "_rank", b"_rank", "alpha", b"alpha", "dropout", b"dropout", "modules_to_save", b"modules_to_save", "rank", b"rank", "target_modules", b"target_modules"]) -> None: ...
+    def HasField(self, field_name: typing.Literal["_alpha", b"_alpha", "_dropout", b"_dropout", "_lora_plus_ratio", b"_lora_plus_ratio", "_rank", b"_rank", "_use_dora", b"_use_dora", "_use_rslora", b"_use_rslora", "alpha", b"alpha", "dropout", b"dropout", "lora_plus_ratio", b"lora_plus_ratio", "rank", b"rank", "use_dora", b"use_dora", "use_rslora", b"use_rslora"]) -> builtins.bool: ...
+    def ClearField(self, field_name: typing.Literal["_alpha", b"_alpha", "_dropout", b"_dropout", "_lora_plus_ratio", b"_lora_plus_ratio", "_rank", b"_rank", "_use_dora", b"_use_dora", "_use_rslora", b"_use_rslora", "alpha", b"alpha", "dropout", b"dropout", "init", b"init", "lora_plus_ratio", b"lora_plus_ratio", "modules_to_save", b"modules_to_save", "quantization", b"quantization", "rank", b"rank", "target_modules", b"target_modules", "use_dora", b"use_dora", "use_rslora", b"use_rslora"]) -> None: ...
     @typing.overload
     def WhichOneof(self, oneof_group: typing.Literal["_alpha", b"_alpha"]) -> typing.Literal["alpha"] | None: ...
     @typing.overload
     def WhichOneof(self, oneof_group: typing.Literal["_dropout", b"_dropout"]) -> typing.Literal["dropout"] | None: ...
     @typing.overload
+    def WhichOneof(self, oneof_group: typing.Literal["_lora_plus_ratio", b"_lora_plus_ratio"]) -> typing.Literal["lora_plus_ratio"] | None: ...
+    @typing.overload
     def WhichOneof(self, oneof_group: typing.Literal["_rank", b"_rank"]) -> typing.Literal["rank"] | None: ...
+    @typing.overload
+    def WhichOneof(self, oneof_group: typing.Literal["_use_dora", b"_use_dora"]) -> typing.Literal["use_dora"] | None: ...
+    @typing.overload
+    def WhichOneof(self, oneof_group: typing.Literal["_use_rslora", b"_use_rslora"]) -> typing.Literal["use_rslora"] | None: ...
 
 Global___Lora: typing_extensions.TypeAlias = Lora
 
 @typing.final
 class Full(google.protobuf.message.Message):
-    """Full fine-tuning: every weight is trained."""
+    """Full fine-tuning: every weight is trained, or those of the last layers."""
 
     DESCRIPTOR: google.protobuf.descriptor.Descriptor
 
+    TRAIN_LAST_LAYERS_FIELD_NUMBER: builtins.int
+    train_last_layers: builtins.int
+    """Only so many decoder layers at the end, the norm after them and the head are trained; 0: everything. Embeddings that
+    are tied to the head are the head's weight and trained with it. Default 0.
+    """
     def __init__(
         self,
+        *,
+        train_last_layers: builtins.int | None = ...,
     ) -> None: ...
+    def HasField(self, field_name: typing.Literal["_train_last_layers", b"_train_last_layers", "train_last_layers", b"train_last_layers"]) -> builtins.bool: ...
+    def ClearField(self, field_name: typing.Literal["_train_last_layers", b"_train_last_layers", "train_last_layers", b"train_last_layers"]) -> None: ...
+    def WhichOneof(self, oneof_group: typing.Literal["_train_last_layers", b"_train_last_layers"]) -> typing.Literal["train_last_layers"] | None: ...
 
 Global___Full: typing_extensions.TypeAlias = Full
 
@@ -580,6 +730,10 @@ class Hyperparameters(google.protobuf.message.Message):
     ADAM_BETA1_FIELD_NUMBER: builtins.int
     ADAM_BETA2_FIELD_NUMBER: builtins.int
     ADAM_EPSILON_FIELD_NUMBER: builtins.int
+    LABEL_SMOOTHING_FIELD_NUMBER: builtins.int
+    NEFTUNE_ALPHA_FIELD_NUMBER: builtins.int
+    DECAY_RATIO_FIELD_NUMBER: builtins.int
+    MIN_LEARNING_RATE_RATIO_FIELD_NUMBER: builtins.int
     batch_size: builtins.int
     """Examples per optimizer step. How they are cut into micro-batches never changes the result. Default 16."""
     per_device_train_batch_size: builtins.int
@@ -607,7 +761,7 @@ class Hyperparameters(google.protobuf.message.Message):
     limit if lower.
     """
     seed: builtins.int
-    """Seed of the data order, the adapter's start and dropout. Default 0."""
+    """Seed of the data order, the adapter's start, dropout and NEFTune's noise. Default 0."""
     attn_implementation: builtins.str
     """The attention that the model runs with: `auto`, `sdpa` or `eager`; default `auto`, the fastest that is right."""
     log_every: builtins.int
@@ -620,6 +774,18 @@ class Hyperparameters(google.protobuf.message.Message):
     """AdamW's beta2. Default 0.999."""
     adam_epsilon: builtins.float
     """AdamW's epsilon. Default 1e-8."""
+    label_smoothing: builtins.float
+    """Share of each target's probability that is spread evenly over the vocabulary; training alone, no evaluation.
+    Default 0.
+    """
+    neftune_alpha: builtins.float
+    """Uniform noise of at most alpha / sqrt(tokens x width) on each example's input embeddings while training (NEFTune,
+    Jain et al. 2023); 0 turns it off. Default 0.
+    """
+    decay_ratio: builtins.float
+    """Share of all steps, at the end, in which warmup_stable_decay decays; other schedules have none. Default 0.1."""
+    min_learning_rate_ratio: builtins.float
+    """The floor of the learning rate, as a share of its peak; not of the constant schedule. Default 0."""
     def __init__(
         self,
         *,
@@ -642,9 +808,13 @@ class Hyperparameters(google.protobuf.message.Message):
         adam_beta1: builtins.float | None = ...,
         adam_beta2: builtins.float | None = ...,
         adam_epsilon: builtins.float | None = ...,
+        label_smoothing: builtins.float | None = ...,
+        neftune_alpha: builtins.float | None = ...,
+        decay_ratio: builtins.float | None = ...,
+        min_learning_rate_ratio: builtins.float | None = ...,
     ) -> None: ...
-    def HasField(self, field_name: typing.Literal["_adam_beta1", b"_adam_beta1", "_adam_beta2", b"_adam_beta2", "_adam_epsilon", b"_adam_epsilon", "_batch_size", b"_batch_size", "_epochs", b"_epochs", "_gradient_accumulation_steps", b"_gradient_accumulation_steps", "_learning_rate", b"_learning_rate", "_log_every", b"_log_every", "_max_grad_norm", b"_max_grad_norm", "_max_length", b"_max_length", "_max_steps", b"_max_steps", "_per_device_train_batch_size", b"_per_device_train_batch_size", "_seed", b"_seed", "_warmup_ratio", b"_warmup_ratio", "_warmup_steps", b"_warmup_steps", "_weight_decay", b"_weight_decay", "adam_beta1", b"adam_beta1", "adam_beta2", b"adam_beta2", "adam_epsilon", b"adam_epsilon", "batch_size", b"batch_size", "epochs", b"epochs", "gradient_accumulation_steps", b"gradient_accumulation_steps", "learning_rate", b"learning_rate", "log_every", b"log_every", "max_grad_norm", b"max_grad_norm", "max_length", b"max_length", "max_steps", b"max_steps", "per_device_train_batch_size", b"per_device_train_batch_size", "seed", b"seed", "warmup_ratio", b"warmup_ratio", "warmup_steps", b"warmup_steps", "weight_decay", b"weight_decay"]) -> builtins.bool: ...
-    def ClearField(self, field_name: typing.Literal["_adam_beta1", b"_adam_beta1", "_adam_beta2", b"_adam_beta2", "_adam_epsilon", b"_adam_epsilon", "_batch_size", b"_batch_size", "_epochs", b"_epochs", "_gradient_accumulation_steps", b"_gradient_accumulation_steps", "_learning_rate", b"_learning_rate", "_log_every", b"_log_every", "_max_grad_norm", b"_max_grad_norm", "_max_length", b"_max_length", "_max_steps", b"_max_steps", "_per_device_train_batch_size", b"_per_device_train_batch_size", "_seed", b"_seed", "_warmup_ratio", b"_warmup_ratio", "_warmup_steps", b"_warmup_steps", "_weight_decay", b"_weight_decay", "adam_beta1", b"adam_beta1", "adam_beta2", b"adam_beta2", "adam_epsilon", b"adam_epsilon", "attn_implementation", b"attn_implementation", "batch_size", b"batch_size", "dtype", b"dtype", "epochs", b"epochs", "gradient_accumulation_steps", b"gradient_accumulation_steps", "learning_rate", b"learning_rate", "log_every", b"log_every", "lr_scheduler", b"lr_scheduler", "max_grad_norm", b"max_grad_norm", "max_length", b"max_length", "max_steps", b"max_steps", "per_device_train_batch_size", b"per_device_train_batch_size", "seed", b"seed", "warmup_ratio", b"warmup_ratio", "warmup_steps", b"warmup_steps", "weight_decay", b"weight_decay"]) -> None: ...
+    def HasField(self, field_name: typing.Literal["_adam_beta1", b"_adam_beta1", "_adam_beta2", b"_adam_beta2", "_adam_epsilon", b"_adam_epsilon", "_batch_size", b"_batch_size", "_decay_ratio", b"_decay_ratio", "_epochs", b"_epochs", "_gradient_accumulation_steps", b"_gradient_accumulation_steps", "_label_smoothing", b"_label_smoothing", "_learning_rate", b"_learning_rate", "_log_every", b"_log_every", "_max_grad_norm", b"_max_grad_norm", "_max_length", b"_max_length", "_max_steps", b"_max_steps", "_min_learning_rate_ratio", b"_min_learning_rate_ratio", "_neftune_alpha", b"_neftune_alpha", "_per_device_train_batch_size", b"_per_device_train_batch_size", "_seed", b"_seed", "_warmup_ratio", b"_warmup_ratio", "_warmup_steps", b"_warmup_steps", "_weight_decay", b"_weight_decay", "adam_beta1", b"adam_beta1", "adam_beta2", b"adam_beta2", "adam_epsilon", b"adam_epsilon", "batch_size", b"batch_size", "decay_ratio", b"decay_ratio", "epochs", b"epochs", "gradient_accumulation_steps", b"gradient_accumulation_steps", "label_smoothing", b"label_smoothing", "learning_rate", b"learning_rate", "log_every", b"log_every", "max_grad_norm", b"max_grad_norm", "max_length", b"max_length", "max_steps", b"max_steps", "min_learning_rate_ratio", b"min_learning_rate_ratio", "neftune_alpha", b"neftune_alpha", "per_device_train_batch_size", b"per_device_train_batch_size", "seed", b"seed", "warmup_ratio", b"warmup_ratio", "warmup_steps", b"warmup_steps", "weight_decay", b"weight_decay"]) -> builtins.bool: ...
+    def ClearField(self, field_name: typing.Literal["_adam_beta1", b"_adam_beta1", "_adam_beta2", b"_adam_beta2", "_adam_epsilon", b"_adam_epsilon", "_batch_size", b"_batch_size", "_decay_ratio", b"_decay_ratio", "_epochs", b"_epochs", "_gradient_accumulation_steps", b"_gradient_accumulation_steps", "_label_smoothing", b"_label_smoothing", "_learning_rate", b"_learning_rate", "_log_every", b"_log_every", "_max_grad_norm", b"_max_grad_norm", "_max_length", b"_max_length", "_max_steps", b"_max_steps", "_min_learning_rate_ratio", b"_min_learning_rate_ratio", "_neftune_alpha", b"_neftune_alpha", "_per_device_train_batch_size", b"_per_device_train_batch_size", "_seed", b"_seed", "_warmup_ratio", b"_warmup_ratio", "_warmup_steps", b"_warmup_steps", "_weight_decay", b"_weight_decay", "adam_beta1", b"adam_beta1", "adam_beta2", b"adam_beta2", "adam_epsilon", b"adam_epsilon", "attn_implementation", b"attn_implementation", "batch_size", b"batch_size", "decay_ratio", b"decay_ratio", "dtype", b"dtype", "epochs", b"epochs", "gradient_accumulation_steps", b"gradient_accumulation_steps", "label_smoothing", b"label_smoothing", "learning_rate", b"learning_rate", "log_every", b"log_every", "lr_scheduler", b"lr_scheduler", "max_grad_norm", b"max_grad_norm", "max_length", b"max_length", "max_steps", b"max_steps", "min_learning_rate_ratio", b"min_learning_rate_ratio", "neftune_alpha", b"neftune_alpha", "per_device_train_batch_size", b"per_device_train_batch_size", "seed", b"seed", "warmup_ratio", b"warmup_ratio", "warmup_steps", b"warmup_steps", "weight_decay", b"weight_decay"]) -> None: ...
     @typing.overload
     def WhichOneof(self, oneof_group: typing.Literal["_adam_beta1", b"_adam_beta1"]) -> typing.Literal["adam_beta1"] | None: ...
     @typing.overload
@@ -654,9 +824,13 @@ class Hyperparameters(google.protobuf.message.Message):
     @typing.overload
     def WhichOneof(self, oneof_group: typing.Literal["_batch_size", b"_batch_size"]) -> typing.Literal["batch_size"] | None: ...
     @typing.overload
+    def WhichOneof(self, oneof_group: typing.Literal["_decay_ratio", b"_decay_ratio"]) -> typing.Literal["decay_ratio"] | None: ...
+    @typing.overload
     def WhichOneof(self, oneof_group: typing.Literal["_epochs", b"_epochs"]) -> typing.Literal["epochs"] | None: ...
     @typing.overload
     def WhichOneof(self, oneof_group: typing.Literal["_gradient_accumulation_steps", b"_gradient_accumulation_steps"]) -> typing.Literal["gradient_accumulation_steps"] | None: ...
+    @typing.overload
+    def WhichOneof(self, oneof_group: typing.Literal["_label_smoothing", b"_label_smoothing"]) -> typing.Literal["label_smoothing"] | None: ...
     @typing.overload
     def WhichOneof(self, oneof_group: typing.Literal["_learning_rate", b"_learning_rate"]) -> typing.Literal["learning_rate"] | None: ...
     @typing.overload
@@ -667,6 +841,10 @@ class Hyperparameters(google.protobuf.message.Message):
     def WhichOneof(self, oneof_group: typing.Literal["_max_length", b"_max_length"]) -> typing.Literal["max_length"] | None: ...
     @typing.overload
     def WhichOneof(self, oneof_group: typing.Literal["_max_steps", b"_max_steps"]) -> typing.Literal["max_steps"] | None: ...
+    @typing.overload
+    def WhichOneof(self, oneof_group: typing.Literal["_min_learning_rate_ratio", b"_min_learning_rate_ratio"]) -> typing.Literal["min_learning_rate_ratio"] | None: ...
+    @typing.overload
+    def WhichOneof(self, oneof_group: typing.Literal["_neftune_alpha", b"_neftune_alpha"]) -> typing.Literal["neftune_alpha"] | None: ...
     @typing.overload
     def WhichOneof(self, oneof_group: typing.Literal["_per_device_train_batch_size", b"_per_device_train_batch_size"]) -> typing.Literal["per_device_train_batch_size"] | None: ...
     @typing.overload
@@ -681,6 +859,39 @@ class Hyperparameters(google.protobuf.message.Message):
 Global___Hyperparameters: typing_extensions.TypeAlias = Hyperparameters
 
 @typing.final
+class EarlyStopping(google.protobuf.message.Message):
+    """Ends training when evaluations stop improving. The evaluation at step 0 is of the base model and counts for nothing."""
+
+    DESCRIPTOR: google.protobuf.descriptor.Descriptor
+
+    PATIENCE_FIELD_NUMBER: builtins.int
+    MIN_DELTA_FIELD_NUMBER: builtins.int
+    METRIC_FIELD_NUMBER: builtins.int
+    patience: builtins.int
+    """Training ends after so many evaluations in a row without improvement. Default 3."""
+    min_delta: builtins.float
+    """An evaluation improves when it is better by more than this than the last one that did, in the metric's own unit.
+    Default 0.
+    """
+    metric: Global___EvaluationMetric.ValueType
+    """What is compared, also to find the best checkpoint. Default: loss."""
+    def __init__(
+        self,
+        *,
+        patience: builtins.int | None = ...,
+        min_delta: builtins.float | None = ...,
+        metric: Global___EvaluationMetric.ValueType = ...,
+    ) -> None: ...
+    def HasField(self, field_name: typing.Literal["_min_delta", b"_min_delta", "_patience", b"_patience", "min_delta", b"min_delta", "patience", b"patience"]) -> builtins.bool: ...
+    def ClearField(self, field_name: typing.Literal["_min_delta", b"_min_delta", "_patience", b"_patience", "metric", b"metric", "min_delta", b"min_delta", "patience", b"patience"]) -> None: ...
+    @typing.overload
+    def WhichOneof(self, oneof_group: typing.Literal["_min_delta", b"_min_delta"]) -> typing.Literal["min_delta"] | None: ...
+    @typing.overload
+    def WhichOneof(self, oneof_group: typing.Literal["_patience", b"_patience"]) -> typing.Literal["patience"] | None: ...
+
+Global___EarlyStopping: typing_extensions.TypeAlias = EarlyStopping
+
+@typing.final
 class Evaluation(google.protobuf.message.Message):
     """When and on what to evaluate. With validation data there is always an evaluation at step 0 and at the end."""
 
@@ -690,15 +901,23 @@ class Evaluation(google.protobuf.message.Message):
     EVERY_EPOCHS_FIELD_NUMBER: builtins.int
     SAMPLE_PROMPTS_FIELD_NUMBER: builtins.int
     SAMPLE_MAX_TOKENS_FIELD_NUMBER: builtins.int
+    EARLY_STOPPING_FIELD_NUMBER: builtins.int
+    SAMPLES_AT_FIELD_NUMBER: builtins.int
     every_steps: builtins.int
     """Evaluate every so many steps. Not together with every_epochs."""
     every_epochs: builtins.int
     """Evaluate every so many epochs. Default 1 where there is validation data."""
     sample_max_tokens: builtins.int
     """New tokens a sample has at most. Default 128."""
+    samples_at: Global___SamplesAt.ValueType
+    """When the sample prompts are answered. Default: ends."""
     @property
     def sample_prompts(self) -> google.protobuf.internal.containers.RepeatedScalarFieldContainer[builtins.str]:
-        """User messages answered by the model at step 0 and at the end (greedy decoding); at most 64."""
+        """User messages answered by the model (greedy decoding), when samples_at says; at most 64."""
+
+    @property
+    def early_stopping(self) -> Global___EarlyStopping:
+        """Ends training when evaluations stop improving. Default: never."""
 
     def __init__(
         self,
@@ -707,9 +926,11 @@ class Evaluation(google.protobuf.message.Message):
         every_epochs: builtins.int | None = ...,
         sample_prompts: collections.abc.Iterable[builtins.str] | None = ...,
         sample_max_tokens: builtins.int | None = ...,
+        early_stopping: Global___EarlyStopping | None = ...,
+        samples_at: Global___SamplesAt.ValueType = ...,
     ) -> None: ...
-    def HasField(self, field_name: typing.Literal["_every_epochs", b"_every_epochs", "_every_steps", b"_every_steps", "_sample_max_tokens", b"_sample_max_tokens", "every_epochs", b"every_epochs", "every_steps", b"every_steps", "sample_max_tokens", b"sample_max_tokens"]) -> builtins.bool: ...
-    def ClearField(self, field_name: typing.Literal["_every_epochs", b"_every_epochs", "_every_steps", b"_every_steps", "_sample_max_tokens", b"_sample_max_tokens", "every_epochs", b"every_epochs", "every_steps", b"every_steps", "sample_max_tokens", b"sample_max_tokens", "sample_prompts", b"sample_prompts"]) -> None: ...
+    def HasField(self, field_name: typing.Literal["_every_epochs", b"_every_epochs", "_every_steps", b"_every_steps", "_sample_max_tokens", b"_sample_max_tokens", "early_stopping", b"early_stopping", "every_epochs", b"every_epochs", "every_steps", b"every_steps", "sample_max_tokens", b"sample_max_tokens"]) -> builtins.bool: ...
+    def ClearField(self, field_name: typing.Literal["_every_epochs", b"_every_epochs", "_every_steps", b"_every_steps", "_sample_max_tokens", b"_sample_max_tokens", "early_stopping", b"early_stopping", "every_epochs", b"every_epochs", "every_steps", b"every_steps", "sample_max_tokens", b"sample_max_tokens", "sample_prompts", b"sample_prompts", "samples_at", b"samples_at"]) -> None: ...
     @typing.overload
     def WhichOneof(self, oneof_group: typing.Literal["_every_epochs", b"_every_epochs"]) -> typing.Literal["every_epochs"] | None: ...
     @typing.overload
@@ -727,21 +948,29 @@ class Checkpoints(google.protobuf.message.Message):
 
     EVERY_STEPS_FIELD_NUMBER: builtins.int
     KEEP_FIELD_NUMBER: builtins.int
+    KEEP_BEST_FIELD_NUMBER: builtins.int
     every_steps: builtins.int
     """Save every so many steps. Default: a tenth of all steps, at least 50."""
     keep: builtins.int
     """Newest checkpoints kept. Default 2."""
+    keep_best: builtins.bool
+    """Save at each evaluation that is the best so far, keep that checkpoint beside the newest ones, and let its weights be
+    the model that comes out. Default false.
+    """
     def __init__(
         self,
         *,
         every_steps: builtins.int | None = ...,
         keep: builtins.int | None = ...,
+        keep_best: builtins.bool | None = ...,
     ) -> None: ...
-    def HasField(self, field_name: typing.Literal["_every_steps", b"_every_steps", "_keep", b"_keep", "every_steps", b"every_steps", "keep", b"keep"]) -> builtins.bool: ...
-    def ClearField(self, field_name: typing.Literal["_every_steps", b"_every_steps", "_keep", b"_keep", "every_steps", b"every_steps", "keep", b"keep"]) -> None: ...
+    def HasField(self, field_name: typing.Literal["_every_steps", b"_every_steps", "_keep", b"_keep", "_keep_best", b"_keep_best", "every_steps", b"every_steps", "keep", b"keep", "keep_best", b"keep_best"]) -> builtins.bool: ...
+    def ClearField(self, field_name: typing.Literal["_every_steps", b"_every_steps", "_keep", b"_keep", "_keep_best", b"_keep_best", "every_steps", b"every_steps", "keep", b"keep", "keep_best", b"keep_best"]) -> None: ...
     @typing.overload
     def WhichOneof(self, oneof_group: typing.Literal["_every_steps", b"_every_steps"]) -> typing.Literal["every_steps"] | None: ...
     @typing.overload
     def WhichOneof(self, oneof_group: typing.Literal["_keep", b"_keep"]) -> typing.Literal["keep"] | None: ...
+    @typing.overload
+    def WhichOneof(self, oneof_group: typing.Literal["_keep_best", b"_keep_best"]) -> typing.Literal["keep_best"] | None: ...
 
 Global___Checkpoints: typing_extensions.TypeAlias = Checkpoints

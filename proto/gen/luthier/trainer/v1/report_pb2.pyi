@@ -189,7 +189,7 @@ class Finished(google.protobuf.message.Message):
     SIZE_BYTES_FIELD_NUMBER: builtins.int
     METRICS_FIELD_NUMBER: builtins.int
     step: builtins.int
-    """The step it holds."""
+    """The step whose weights it holds: the last one, or with checkpoints.keep_best the best."""
     size_bytes: builtins.int
     """Bytes of all files."""
     @property
