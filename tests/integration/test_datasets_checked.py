@@ -71,7 +71,8 @@ def test_what_training_would_refuse_fails_before_a_device_is_held(daemon: Daemon
     assert (ended.state, ended.attempt) == (JobState.JOB_STATE_FAILED, 0)
     assert ended.error.reason == "DATASET_INVALID"
     assert "no such thing" in ended.error.message
-    assert "line 1" in ended.error.message
+    assert "lines 1, 2, " in ended.error.message
+    assert "luthier dataset doctor rows@1 --base-model builtin/tiny" in ended.error.hint
 
 
 def test_rows_too_long_fail_the_job_when_that_is_asked_for(daemon: Daemon) -> None:

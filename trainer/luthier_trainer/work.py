@@ -84,8 +84,8 @@ def _reports(task: task_pb2.TrainerTask, reporter: Reporter, check: Check) -> da
             reporter=reporter,
             check=check,
         )
+        rows.report.dataset_id, rows.report.base_model = source.name, task.spec.fine_tune.base_model
         if task.job_id.startswith("job_"):
-            rows.report.dataset_id, rows.report.base_model = source.name, task.spec.fine_tune.base_model
             tokenised.require_trainable(rows, reporter)
         return rows
 

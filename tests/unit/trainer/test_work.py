@@ -210,7 +210,7 @@ def test_a_check_of_errors_is_a_report_for_a_person_and_an_error_for_a_job(tmp_p
     answer = check(task(tmp_path, rows, job_id="job_1"))
     assert answer.error.reason == "DATASET_INVALID"
     assert "1,500 errors" in answer.error.message
-    assert "line 4: " in answer.error.message
+    assert "lines 4, " in answer.error.message
 
 
 def test_a_check_of_preference_data_is_a_report_for_a_person_and_an_error_for_a_job(tmp_path: Path) -> None:

@@ -19,7 +19,9 @@ MAX_UNPACKED_BYTES = 64 * 1024**3
 RATIO = 50
 RATIO_FROM = 64 * 1024**2
 ROW_BYTES = 256
-"""What a row of a compressed file counts at least: each costs its time, however short it is."""
+ROW_RATIO = 100
+"""Each row costs its time, however short it is: those of a compressed file count ROW_BYTES, of which there may be
+ROW_RATIO times what is stored, once more than RATIO_FROM came out."""
 
 BUFFER = 1024 * 1024
 
@@ -31,6 +33,11 @@ _GZIP = 16 + zlib.MAX_WBITS
 def allowance(stored: int) -> int:
     """How many bytes may come out of that many stored ones."""
     return min(MAX_UNPACKED_BYTES, max(RATIO_FROM, RATIO * stored))
+
+
+def most_rows(stored: int) -> int:
+    """How many rows may come out of that many stored bytes."""
+    return max(RATIO_FROM, ROW_RATIO * stored) // ROW_BYTES
 
 
 def too_large(limit: int) -> Problem:

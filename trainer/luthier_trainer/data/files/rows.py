@@ -12,7 +12,7 @@ from typing import BinaryIO
 
 from luthier_trainer.data.files.archive import Archive
 from luthier_trainer.data.files.columns import renamed
-from luthier_trainer.data.files.compressed import BUFFER, ROW_BYTES, allowance, too_large
+from luthier_trainer.data.files.compressed import BUFFER, ROW_BYTES, most_rows, too_large
 from luthier_trainer.data.files.content import Content
 from luthier_trainer.data.files.csv_rows import csv_rows
 from luthier_trainer.data.files.detection import Kind, text_format
@@ -130,7 +130,7 @@ class RowFile:
         kind = content.kind(content.head(_CHUNK))
         if kind is not Kind.ZIP:
             if kind in (Kind.GZIP, Kind.ZSTD):
-                self._most_rows = allowance(stored) // ROW_BYTES
+                self._most_rows = most_rows(stored)
             return _reader(content, reading)
         if reading.file_format not in (None, FileFormat.ZIP):
             raise Unreadable(_mismatch(FileFormat.ZIP, reading.file_format))
@@ -139,7 +139,7 @@ class RowFile:
         self._problems += self._archive.problems
         if self._archive.rows is None:
             return FileFormat.ZIP, None
-        self._most_rows = allowance(self._archive.stored) // ROW_BYTES
+        self._most_rows = most_rows(self._archive.stored)
         content = Content(self._archive.open_rows, self._archive.stored, is_seekable=False)
         return FileFormat.ZIP, _reader(content, Reading(columns=reading.columns))[1]
 
