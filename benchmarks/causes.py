@@ -12,9 +12,9 @@ CAUSES: dict[str, str] = {
         "kernel gains nothing from bfloat16, the rest element-wise."
     ),
     "datasets_tokens": (
-        "this run shared its two cores with a test run. Before it, on a quieter machine and an earlier build, Luthier made "
-        "2,411 rows/s, `map` 1,567 row by row and 2,598 by thousands. The tokenizer itself takes most of the time of all "
-        "three; Luthier's rendering proves masks, counts roles and looks for what is wrong on top."
+        "this run shared its two cores with a test run. Before it, on a quieter machine and an earlier build, Luthier "
+        "made 2,411 rows/s, `map` 1,567 row by row and 2,598 by thousands. The tokenizer itself takes most of the time "
+        "of all three; Luthier's rendering proves masks, counts roles and looks for what is wrong on top."
     ),
     "watch_live_p99": (
         "1,000 watchers that each get at most 20 messages a second are up to 20,000 writes a second, which with their "

@@ -11,6 +11,8 @@ from benchmarks.datasets_tokens import CONTESTANTS
 from benchmarks.numbers import median
 
 _ROUNDS = 3
+_QUIET_CORES = 0.2
+"""A round is quiet when other processes used no more of the cores; Luthier is judged by these, if there are two."""
 
 
 def measure(*, quick: bool, full: bool = False) -> Section:
@@ -52,25 +54,35 @@ def _tokenised(folder: Path, rows: int, rounds: int) -> dict[str, Any]:
             said = f"tokenising {rows:,} rows, {name}, round {number + 1} of {rounds}"
             with step(said), tempfile.TemporaryDirectory(dir=folder) as own:
                 found[name].append(child.run("benchmarks.datasets_tokens", name, path, own, seconds=600))
-    counts = {(one["rows"], one["tokens"], one["trained_tokens"]) for each in found.values() for one in each}
+    counts = {tuple(one["counts"]) for each in found.values() for one in each}
     if len(counts) > 1:
         raise RuntimeError(f"the contestants differ in (rows, tokens, trained tokens): {counts}")
     [(_, tokens, trained)] = counts
-    speeds = {name: [round(rows / one["seconds"], 1) for one in each] for name, each in found.items()}
-    medians = {name: median(each) for name, each in speeds.items()}
-    whole = {
-        name: median([rows / (one["seconds"] + one["loading_seconds"]) for one in each]) for name, each in found.items()
-    }
+    others = {name: [round(one["work"]["other_cores"], 2) for one in each] for name, each in found.items()}
+    quiet = [number for number in range(rounds) if all(each[number] <= _QUIET_CORES for each in others.values())]
+    judged = "seconds" if len(quiet) > 1 else "cpu_seconds"
+    kept = quiet if len(quiet) > 1 else list(range(rounds))
+
+    def speeds(name: str, clock: str, *parts: str) -> list[float]:
+        return [round(rows / sum(one[part][clock] for part in parts), 1) for one in found[name]]
+
+    def ratio(peer: str, *parts: str) -> float:
+        ours, theirs = speeds("luthier", judged, "work"), speeds(peer, judged, *parts)
+        return round(median([ours[n] for n in kept]) / median([theirs[n] for n in kept]), 2)
+
     return {
         "rows": rows,
         "tokens": tokens,
         "trained_tokens": trained,
-        "rows_per_second": {name: round(each, 1) for name, each in medians.items()},
-        "rounds": speeds,
-        "ratio_to_map": round(medians["luthier"] / medians["map"], 2),
-        "ratio_to_batched_map": round(medians["luthier"] / medians["batched"], 2),
-        "ratio_to_loading_and_map": round(medians["luthier"] / whole["map"], 2),
-        "ratio_to_loading_and_batched_map": round(medians["luthier"] / whole["batched"], 2),
+        "rows_per_second": {name: median([speeds(name, "seconds", "work")[n] for n in kept]) for name in CONTESTANTS},
+        "rows_per_cpu_second": {name: median(speeds(name, "cpu_seconds", "work")) for name in CONTESTANTS},
+        "rounds": {name: speeds(name, "seconds", "work") for name in CONTESTANTS},
+        "other_cores": others,
+        "judged_by": "the clock, in quiet rounds" if judged == "seconds" else "processor time, as others used the cores",
+        "ratio_to_map": ratio("map", "work"),
+        "ratio_to_loading_and_map": ratio("map", "loading", "work"),
+        "ratio_to_batched_map": ratio("batched", "work"),
+        "ratio_to_loading_and_batched_map": ratio("batched", "loading", "work"),
     }
 
 
@@ -86,6 +98,13 @@ def _aims(numbers: dict[str, Any]) -> tuple[Aim, ...]:
         ),
         Aim("datasets_check_memory", "private memory of that check", check["peak_private_mb"], 400, "lower", "MB"),
         Aim("datasets_tokens", "rows/s tokenised, times those of datasets.map", tokens["ratio_to_map"], 1, "higher"),
+        Aim(
+            "datasets_tokens_batched",
+            "rows/s tokenised, times those of datasets.map with 1,000 rows a call, both from the file on",
+            tokens["ratio_to_loading_and_batched_map"],
+            1,
+            "higher",
+        ),
         Aim("datasets_upload", f"transfer of {size} over loopback, median", transfer, 100, "higher", "MB/s"),
         Aim("datasets_upload_server", "private memory of luthierd meanwhile", server, 150, "lower", "MB"),
         Aim("datasets_upload_client", "private memory of the client meanwhile", client, 150, "lower", "MB"),
@@ -100,9 +119,13 @@ def _say(numbers: dict[str, Any]) -> None:
         [(f"{check['rows']:,} rows", *(str(check[key]) for key in _CHECKED))],
     )
     table(
-        ("tokenising", "rows/s", "rounds"),
+        ("tokenising", "rows/s", "rows/CPU s", "rounds"),
         [
-            (name, f"{tokens['rows_per_second'][name]:,.0f}", " ".join(f"{each:.0f}" for each in rounds))
+            (
+                name,
+                f"{tokens['rows_per_second'][name]:,.0f}",
+                f"{tokens['rows_per_cpu_second'][name]:,.0f}",
+                " ".join(f"{each:.0f}" for each in rounds))
             for name, rounds in tokens["rounds"].items()
         ],
     )
