@@ -78,7 +78,9 @@ def _tokenised(folder: Path, rows: int, rounds: int) -> dict[str, Any]:
         "rows_per_cpu_second": {name: median(speeds(name, "cpu_seconds", "work")) for name in CONTESTANTS},
         "rounds": {name: speeds(name, "seconds", "work") for name in CONTESTANTS},
         "other_cores": others,
-        "judged_by": "the clock, in quiet rounds" if judged == "seconds" else "processor time, as others used the cores",
+        "judged_by": "the clock, in quiet rounds"
+        if judged == "seconds"
+        else "processor time, as others used the cores",
         "ratio_to_map": ratio("map", "work"),
         "ratio_to_loading_and_map": ratio("map", "loading", "work"),
         "ratio_to_batched_map": ratio("batched", "work"),
@@ -125,7 +127,8 @@ def _say(numbers: dict[str, Any]) -> None:
                 name,
                 f"{tokens['rows_per_second'][name]:,.0f}",
                 f"{tokens['rows_per_cpu_second'][name]:,.0f}",
-                " ".join(f"{each:.0f}" for each in rounds))
+                " ".join(f"{each:.0f}" for each in rounds),
+            )
             for name, rounds in tokens["rounds"].items()
         ],
     )

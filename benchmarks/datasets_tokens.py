@@ -1,7 +1,7 @@
 """One pass of tokenising, in a process of its own: `python -m benchmarks.datasets_tokens CONTESTANT FILE FOLDER`.
 
-Prints, as JSON, the times of `Stopwatch` for the work, of `datasets` also those of the loading of the file, which Luthier's
-have in them, and what came of it. Imports and the tokenizer's own loading are not timed.
+Prints, as JSON, the times of `Stopwatch` for the work, of `datasets` also those of the loading of the file,
+which Luthier's have in them, and what came of it. Imports and the tokenizer's own loading are not timed.
 
 luthier: what a trainer does, with an empty cache. map: `datasets.map` with `apply_chat_template`, row by row. batched:
 the same with a thousand rows a call.
