@@ -42,6 +42,8 @@ class _PhaseEnumTypeWrapper(google.protobuf.internal.enum_type_wrapper._EnumType
     """Answering the sample prompts."""
     PHASE_SAVING: _Phase.ValueType  # 6
     """Writing the model."""
+    PHASE_FINDING_LEARNING_RATE: _Phase.ValueType  # 7
+    """Finding the learning rate."""
 
 class Phase(_Phase, metaclass=_PhaseEnumTypeWrapper):
     """What a job is busy with."""
@@ -60,6 +62,8 @@ PHASE_SAMPLING: Phase.ValueType  # 5
 """Answering the sample prompts."""
 PHASE_SAVING: Phase.ValueType  # 6
 """Writing the model."""
+PHASE_FINDING_LEARNING_RATE: Phase.ValueType  # 7
+"""Finding the learning rate."""
 Global___Phase: typing_extensions.TypeAlias = Phase
 
 class _LogLevel:
@@ -111,6 +115,7 @@ class JobEvent(google.protobuf.message.Message):
     LOG_EMITTED_FIELD_NUMBER: builtins.int
     RESUME_CHECKED_FIELD_NUMBER: builtins.int
     DATASETS_CHECKED_FIELD_NUMBER: builtins.int
+    LEARNING_RATE_FOUND_FIELD_NUMBER: builtins.int
     job_id: builtins.str
     """The job."""
     sequence: builtins.int
@@ -165,6 +170,10 @@ class JobEvent(google.protobuf.message.Message):
     def datasets_checked(self) -> Global___DatasetsChecked:
         """The job's datasets were checked for its base model."""
 
+    @property
+    def learning_rate_found(self) -> Global___LearningRateFound:
+        """A range test found the learning rate."""
+
     def __init__(
         self,
         *,
@@ -183,10 +192,11 @@ class JobEvent(google.protobuf.message.Message):
         log_emitted: Global___LogEmitted | None = ...,
         resume_checked: Global___ResumeChecked | None = ...,
         datasets_checked: Global___DatasetsChecked | None = ...,
+        learning_rate_found: Global___LearningRateFound | None = ...,
     ) -> None: ...
-    def HasField(self, field_name: typing.Literal["attempt_started", b"attempt_started", "checkpoint_saved", b"checkpoint_saved", "datasets_checked", b"datasets_checked", "evaluation_completed", b"evaluation_completed", "event_time", b"event_time", "log_emitted", b"log_emitted", "payload", b"payload", "phase_progressed", b"phase_progressed", "plan_resolved", b"plan_resolved", "resume_checked", b"resume_checked", "samples_generated", b"samples_generated", "state_changed", b"state_changed", "step_completed", b"step_completed"]) -> builtins.bool: ...
-    def ClearField(self, field_name: typing.Literal["attempt", b"attempt", "attempt_started", b"attempt_started", "checkpoint_saved", b"checkpoint_saved", "datasets_checked", b"datasets_checked", "evaluation_completed", b"evaluation_completed", "event_time", b"event_time", "job_id", b"job_id", "log_emitted", b"log_emitted", "payload", b"payload", "phase_progressed", b"phase_progressed", "plan_resolved", b"plan_resolved", "resume_checked", b"resume_checked", "samples_generated", b"samples_generated", "sequence", b"sequence", "state_changed", b"state_changed", "step_completed", b"step_completed"]) -> None: ...
-    def WhichOneof(self, oneof_group: typing.Literal["payload", b"payload"]) -> typing.Literal["state_changed", "attempt_started", "plan_resolved", "phase_progressed", "step_completed", "evaluation_completed", "samples_generated", "checkpoint_saved", "log_emitted", "resume_checked", "datasets_checked"] | None: ...
+    def HasField(self, field_name: typing.Literal["attempt_started", b"attempt_started", "checkpoint_saved", b"checkpoint_saved", "datasets_checked", b"datasets_checked", "evaluation_completed", b"evaluation_completed", "event_time", b"event_time", "learning_rate_found", b"learning_rate_found", "log_emitted", b"log_emitted", "payload", b"payload", "phase_progressed", b"phase_progressed", "plan_resolved", b"plan_resolved", "resume_checked", b"resume_checked", "samples_generated", b"samples_generated", "state_changed", b"state_changed", "step_completed", b"step_completed"]) -> builtins.bool: ...
+    def ClearField(self, field_name: typing.Literal["attempt", b"attempt", "attempt_started", b"attempt_started", "checkpoint_saved", b"checkpoint_saved", "datasets_checked", b"datasets_checked", "evaluation_completed", b"evaluation_completed", "event_time", b"event_time", "job_id", b"job_id", "learning_rate_found", b"learning_rate_found", "log_emitted", b"log_emitted", "payload", b"payload", "phase_progressed", b"phase_progressed", "plan_resolved", b"plan_resolved", "resume_checked", b"resume_checked", "samples_generated", b"samples_generated", "sequence", b"sequence", "state_changed", b"state_changed", "step_completed", b"step_completed"]) -> None: ...
+    def WhichOneof(self, oneof_group: typing.Literal["payload", b"payload"]) -> typing.Literal["state_changed", "attempt_started", "plan_resolved", "phase_progressed", "step_completed", "evaluation_completed", "samples_generated", "checkpoint_saved", "log_emitted", "resume_checked", "datasets_checked", "learning_rate_found"] | None: ...
 
 Global___JobEvent: typing_extensions.TypeAlias = JobEvent
 
@@ -315,6 +325,10 @@ class PlanResolved(google.protobuf.message.Message):
     THREADS_FIELD_NUMBER: builtins.int
     TRUNCATED_ROWS_FIELD_NUMBER: builtins.int
     NOTES_FIELD_NUMBER: builtins.int
+    ACTIVATION_CHECKPOINTING_FIELD_NUMBER: builtins.int
+    PREDICTED_MEMORY_BYTES_FIELD_NUMBER: builtins.int
+    CALIBRATED_MEMORY_BYTES_FIELD_NUMBER: builtins.int
+    MEMORY_LIMIT_BYTES_FIELD_NUMBER: builtins.int
     PEAK_FLOPS_FIELD_NUMBER: builtins.int
     device: builtins.str
     """`cpu` or `cuda:0`."""
@@ -338,6 +352,16 @@ class PlanResolved(google.protobuf.message.Message):
     """CPU threads."""
     truncated_rows: builtins.int
     """Rows cut to max_length."""
+    activation_checkpointing: builtins.bool
+    """Whether activations are computed twice to save memory."""
+    predicted_memory_bytes: builtins.int
+    """The most memory that training will take on the device, on a CPU over the loaded process, as predicted before anything
+    ran; 0 when nothing was predicted.
+    """
+    calibrated_memory_bytes: builtins.int
+    """The same after the probes; 0 without probes."""
+    memory_limit_bytes: builtins.int
+    """What training may take there; 0 when unknown."""
     peak_flops: builtins.float
     """Floating-point operations a second of a large product in this dtype on this device, measured; 0 when unknown."""
     @property
@@ -364,11 +388,49 @@ class PlanResolved(google.protobuf.message.Message):
         threads: builtins.int = ...,
         truncated_rows: builtins.int = ...,
         notes: collections.abc.Iterable[builtins.str] | None = ...,
+        activation_checkpointing: builtins.bool = ...,
+        predicted_memory_bytes: builtins.int = ...,
+        calibrated_memory_bytes: builtins.int = ...,
+        memory_limit_bytes: builtins.int = ...,
         peak_flops: builtins.float = ...,
     ) -> None: ...
-    def ClearField(self, field_name: typing.Literal["attention", b"attention", "base_parameters", b"base_parameters", "device", b"device", "dtype", b"dtype", "micro_batch_tokens", b"micro_batch_tokens", "notes", b"notes", "peak_flops", b"peak_flops", "target_modules", b"target_modules", "threads", b"threads", "total_steps", b"total_steps", "trained_parameters", b"trained_parameters", "training_rows", b"training_rows", "truncated_rows", b"truncated_rows", "validation_rows", b"validation_rows"]) -> None: ...
+    def ClearField(self, field_name: typing.Literal["activation_checkpointing", b"activation_checkpointing", "attention", b"attention", "base_parameters", b"base_parameters", "calibrated_memory_bytes", b"calibrated_memory_bytes", "device", b"device", "dtype", b"dtype", "memory_limit_bytes", b"memory_limit_bytes", "micro_batch_tokens", b"micro_batch_tokens", "notes", b"notes", "peak_flops", b"peak_flops", "predicted_memory_bytes", b"predicted_memory_bytes", "target_modules", b"target_modules", "threads", b"threads", "total_steps", b"total_steps", "trained_parameters", b"trained_parameters", "training_rows", b"training_rows", "truncated_rows", b"truncated_rows", "validation_rows", b"validation_rows"]) -> None: ...
 
 Global___PlanResolved: typing_extensions.TypeAlias = PlanResolved
+
+@typing.final
+class LearningRateFound(google.protobuf.message.Message):
+    """A learning-rate range test was made before the first step; nothing of it stays in the weights."""
+
+    DESCRIPTOR: google.protobuf.descriptor.Descriptor
+
+    LEARNING_RATE_FIELD_NUMBER: builtins.int
+    RATES_FIELD_NUMBER: builtins.int
+    LOSSES_FIELD_NUMBER: builtins.int
+    RULE_FIELD_NUMBER: builtins.int
+    learning_rate: builtins.float
+    """The peak learning rate that the job trains with."""
+    rule: builtins.str
+    """How the rate follows from the curve, for people."""
+    @property
+    def rates(self) -> google.protobuf.internal.containers.RepeatedScalarFieldContainer[builtins.float]:
+        """The rates that were tried, ascending."""
+
+    @property
+    def losses(self) -> google.protobuf.internal.containers.RepeatedScalarFieldContainer[builtins.float]:
+        """The smoothed loss at each."""
+
+    def __init__(
+        self,
+        *,
+        learning_rate: builtins.float = ...,
+        rates: collections.abc.Iterable[builtins.float] | None = ...,
+        losses: collections.abc.Iterable[builtins.float] | None = ...,
+        rule: builtins.str = ...,
+    ) -> None: ...
+    def ClearField(self, field_name: typing.Literal["learning_rate", b"learning_rate", "losses", b"losses", "rates", b"rates", "rule", b"rule"]) -> None: ...
+
+Global___LearningRateFound: typing_extensions.TypeAlias = LearningRateFound
 
 @typing.final
 class PhaseProgressed(google.protobuf.message.Message):

@@ -24,11 +24,12 @@ _sym_db = _symbol_database.Default()
 
 from buf.validate import validate_pb2 as buf_dot_validate_dot_validate__pb2
 from luthier.v1 import checkpoint_pb2 as luthier_dot_v1_dot_checkpoint__pb2
+from luthier.v1 import estimate_pb2 as luthier_dot_v1_dot_estimate__pb2
 from luthier.v1 import event_pb2 as luthier_dot_v1_dot_event__pb2
 from luthier.v1 import job_pb2 as luthier_dot_v1_dot_job__pb2
 
 
-DESCRIPTOR = _descriptor_pool.Default().AddSerializedFile(b'\n\x1cluthier/v1/fine_tuning.proto\x12\nluthier.v1\x1a\x1b\x62uf/validate/validate.proto\x1a\x1bluthier/v1/checkpoint.proto\x1a\x16luthier/v1/event.proto\x1a\x14luthier/v1/job.proto\"\x94\x01\n\x10\x43reateJobRequest\x12/\n\x04spec\x18\x01 \x01(\x0b\x32\x13.luthier.v1.JobSpecB\x06\xbaH\x03\xc8\x01\x01R\x04spec\x12*\n\nrequest_id\x18\x02 \x01(\tB\x0b\xbaH\x08r\x03\xb0\x01\x01\xd8\x01\x01R\trequestId\x12#\n\rvalidate_only\x18\x03 \x01(\x08R\x0cvalidateOnly\"6\n\x11\x43reateJobResponse\x12!\n\x03job\x18\x01 \x01(\x0b\x32\x0f.luthier.v1.JobR\x03job\"1\n\rGetJobRequest\x12 \n\x06job_id\x18\x01 \x01(\tB\t\xbaH\x06r\x04\x10\x01\x18@R\x05jobId\"3\n\x0eGetJobResponse\x12!\n\x03job\x18\x01 \x01(\x0b\x32\x0f.luthier.v1.JobR\x03job\"\xcb\x02\n\x0fListJobsRequest\x12$\n\tpage_size\x18\x01 \x01(\x05\x42\x07\xbaH\x04\x1a\x02(\x00R\x08pageSize\x12\'\n\npage_token\x18\x02 \x01(\tB\x08\xbaH\x05r\x03\x18\xe8\x07R\tpageToken\x12=\n\x06states\x18\x03 \x03(\x0e\x32\x14.luthier.v1.JobStateB\x0f\xbaH\x0c\x92\x01\t\x10\x10\"\x05\x82\x01\x02\x10\x01R\x06states\x12I\n\x06labels\x18\x04 \x03(\x0b\x32\'.luthier.v1.ListJobsRequest.LabelsEntryB\x08\xbaH\x05\x9a\x01\x02\x10 R\x06labels\x12$\n\tid_prefix\x18\x05 \x01(\tB\x07\xbaH\x04r\x02\x18@R\x08idPrefix\x1a\x39\n\x0bLabelsEntry\x12\x10\n\x03key\x18\x01 \x01(\tR\x03key\x12\x14\n\x05value\x18\x02 \x01(\tR\x05value:\x02\x38\x01\"_\n\x10ListJobsResponse\x12#\n\x04jobs\x18\x01 \x03(\x0b\x32\x0f.luthier.v1.JobR\x04jobs\x12&\n\x0fnext_page_token\x18\x02 \x01(\tR\rnextPageToken\"4\n\x10\x43\x61ncelJobRequest\x12 \n\x06job_id\x18\x01 \x01(\tB\t\xbaH\x06r\x04\x10\x01\x18@R\x05jobId\"6\n\x11\x43\x61ncelJobResponse\x12!\n\x03job\x18\x01 \x01(\x0b\x32\x0f.luthier.v1.JobR\x03job\"\x8b\x01\n\x0fWatchJobRequest\x12 \n\x06job_id\x18\x01 \x01(\tB\t\xbaH\x06r\x04\x10\x01\x18@R\x05jobId\x12.\n\x0e\x61\x66ter_sequence\x18\x02 \x01(\x03\x42\x07\xbaH\x04\"\x02(\x00R\rafterSequence\x12&\n\nhistory_id\x18\x03 \x01(\tB\x07\xbaH\x04r\x02\x18@R\thistoryId\"w\n\x10WatchJobResponse\x12,\n\x06\x65vents\x18\x01 \x03(\x0b\x32\x14.luthier.v1.JobEventR\x06\x65vents\x12\x16\n\x06\x63ursor\x18\x02 \x01(\x03R\x06\x63ursor\x12\x1d\n\nhistory_id\x18\x03 \x01(\tR\thistoryId\"3\n\x0fPauseJobRequest\x12 \n\x06job_id\x18\x01 \x01(\tB\t\xbaH\x06r\x04\x10\x01\x18@R\x05jobId\"5\n\x10PauseJobResponse\x12!\n\x03job\x18\x01 \x01(\x0b\x32\x0f.luthier.v1.JobR\x03job\"4\n\x10ResumeJobRequest\x12 \n\x06job_id\x18\x01 \x01(\tB\t\xbaH\x06r\x04\x10\x01\x18@R\x05jobId\"6\n\x11ResumeJobResponse\x12!\n\x03job\x18\x01 \x01(\x0b\x32\x0f.luthier.v1.JobR\x03job\"4\n\x10\x44\x65leteJobRequest\x12 \n\x06job_id\x18\x01 \x01(\tB\t\xbaH\x06r\x04\x10\x01\x18@R\x05jobId\"6\n\x11\x44\x65leteJobResponse\x12!\n\x03job\x18\x01 \x01(\x0b\x32\x0f.luthier.v1.JobR\x03job\":\n\x16ListCheckpointsRequest\x12 \n\x06job_id\x18\x01 \x01(\tB\t\xbaH\x06r\x04\x10\x01\x18@R\x05jobId\"S\n\x17ListCheckpointsResponse\x12\x38\n\x0b\x63heckpoints\x18\x01 \x03(\x0b\x32\x16.luthier.v1.CheckpointR\x0b\x63heckpoints2\xa8\x05\n\nFineTuning\x12H\n\tCreateJob\x12\x1c.luthier.v1.CreateJobRequest\x1a\x1d.luthier.v1.CreateJobResponse\x12?\n\x06GetJob\x12\x19.luthier.v1.GetJobRequest\x1a\x1a.luthier.v1.GetJobResponse\x12\x45\n\x08ListJobs\x12\x1b.luthier.v1.ListJobsRequest\x1a\x1c.luthier.v1.ListJobsResponse\x12H\n\tCancelJob\x12\x1c.luthier.v1.CancelJobRequest\x1a\x1d.luthier.v1.CancelJobResponse\x12G\n\x08WatchJob\x12\x1b.luthier.v1.WatchJobRequest\x1a\x1c.luthier.v1.WatchJobResponse0\x01\x12\x45\n\x08PauseJob\x12\x1b.luthier.v1.PauseJobRequest\x1a\x1c.luthier.v1.PauseJobResponse\x12H\n\tResumeJob\x12\x1c.luthier.v1.ResumeJobRequest\x1a\x1d.luthier.v1.ResumeJobResponse\x12H\n\tDeleteJob\x12\x1c.luthier.v1.DeleteJobRequest\x1a\x1d.luthier.v1.DeleteJobResponse\x12Z\n\x0fListCheckpoints\x12\".luthier.v1.ListCheckpointsRequest\x1a#.luthier.v1.ListCheckpointsResponseb\x06proto3')
+DESCRIPTOR = _descriptor_pool.Default().AddSerializedFile(b'\n\x1cluthier/v1/fine_tuning.proto\x12\nluthier.v1\x1a\x1b\x62uf/validate/validate.proto\x1a\x1bluthier/v1/checkpoint.proto\x1a\x19luthier/v1/estimate.proto\x1a\x16luthier/v1/event.proto\x1a\x14luthier/v1/job.proto\"\x94\x01\n\x10\x43reateJobRequest\x12/\n\x04spec\x18\x01 \x01(\x0b\x32\x13.luthier.v1.JobSpecB\x06\xbaH\x03\xc8\x01\x01R\x04spec\x12*\n\nrequest_id\x18\x02 \x01(\tB\x0b\xbaH\x08r\x03\xb0\x01\x01\xd8\x01\x01R\trequestId\x12#\n\rvalidate_only\x18\x03 \x01(\x08R\x0cvalidateOnly\"6\n\x11\x43reateJobResponse\x12!\n\x03job\x18\x01 \x01(\x0b\x32\x0f.luthier.v1.JobR\x03job\"[\n\x12\x45stimateJobRequest\x12/\n\x04spec\x18\x01 \x01(\x0b\x32\x13.luthier.v1.JobSpecB\x06\xbaH\x03\xc8\x01\x01R\x04spec\x12\x14\n\x05probe\x18\x02 \x01(\x08R\x05probe\"\x84\x01\n\x13\x45stimateJobResponse\x12\x38\n\rresolved_spec\x18\x01 \x01(\x0b\x32\x13.luthier.v1.JobSpecR\x0cresolvedSpec\x12\x33\n\x08\x65stimate\x18\x02 \x01(\x0b\x32\x17.luthier.v1.JobEstimateR\x08\x65stimate\"1\n\rGetJobRequest\x12 \n\x06job_id\x18\x01 \x01(\tB\t\xbaH\x06r\x04\x10\x01\x18@R\x05jobId\"3\n\x0eGetJobResponse\x12!\n\x03job\x18\x01 \x01(\x0b\x32\x0f.luthier.v1.JobR\x03job\"\xcb\x02\n\x0fListJobsRequest\x12$\n\tpage_size\x18\x01 \x01(\x05\x42\x07\xbaH\x04\x1a\x02(\x00R\x08pageSize\x12\'\n\npage_token\x18\x02 \x01(\tB\x08\xbaH\x05r\x03\x18\xe8\x07R\tpageToken\x12=\n\x06states\x18\x03 \x03(\x0e\x32\x14.luthier.v1.JobStateB\x0f\xbaH\x0c\x92\x01\t\x10\x10\"\x05\x82\x01\x02\x10\x01R\x06states\x12I\n\x06labels\x18\x04 \x03(\x0b\x32\'.luthier.v1.ListJobsRequest.LabelsEntryB\x08\xbaH\x05\x9a\x01\x02\x10 R\x06labels\x12$\n\tid_prefix\x18\x05 \x01(\tB\x07\xbaH\x04r\x02\x18@R\x08idPrefix\x1a\x39\n\x0bLabelsEntry\x12\x10\n\x03key\x18\x01 \x01(\tR\x03key\x12\x14\n\x05value\x18\x02 \x01(\tR\x05value:\x02\x38\x01\"_\n\x10ListJobsResponse\x12#\n\x04jobs\x18\x01 \x03(\x0b\x32\x0f.luthier.v1.JobR\x04jobs\x12&\n\x0fnext_page_token\x18\x02 \x01(\tR\rnextPageToken\"4\n\x10\x43\x61ncelJobRequest\x12 \n\x06job_id\x18\x01 \x01(\tB\t\xbaH\x06r\x04\x10\x01\x18@R\x05jobId\"6\n\x11\x43\x61ncelJobResponse\x12!\n\x03job\x18\x01 \x01(\x0b\x32\x0f.luthier.v1.JobR\x03job\"\x8b\x01\n\x0fWatchJobRequest\x12 \n\x06job_id\x18\x01 \x01(\tB\t\xbaH\x06r\x04\x10\x01\x18@R\x05jobId\x12.\n\x0e\x61\x66ter_sequence\x18\x02 \x01(\x03\x42\x07\xbaH\x04\"\x02(\x00R\rafterSequence\x12&\n\nhistory_id\x18\x03 \x01(\tB\x07\xbaH\x04r\x02\x18@R\thistoryId\"w\n\x10WatchJobResponse\x12,\n\x06\x65vents\x18\x01 \x03(\x0b\x32\x14.luthier.v1.JobEventR\x06\x65vents\x12\x16\n\x06\x63ursor\x18\x02 \x01(\x03R\x06\x63ursor\x12\x1d\n\nhistory_id\x18\x03 \x01(\tR\thistoryId\"3\n\x0fPauseJobRequest\x12 \n\x06job_id\x18\x01 \x01(\tB\t\xbaH\x06r\x04\x10\x01\x18@R\x05jobId\"5\n\x10PauseJobResponse\x12!\n\x03job\x18\x01 \x01(\x0b\x32\x0f.luthier.v1.JobR\x03job\"4\n\x10ResumeJobRequest\x12 \n\x06job_id\x18\x01 \x01(\tB\t\xbaH\x06r\x04\x10\x01\x18@R\x05jobId\"6\n\x11ResumeJobResponse\x12!\n\x03job\x18\x01 \x01(\x0b\x32\x0f.luthier.v1.JobR\x03job\"4\n\x10\x44\x65leteJobRequest\x12 \n\x06job_id\x18\x01 \x01(\tB\t\xbaH\x06r\x04\x10\x01\x18@R\x05jobId\"6\n\x11\x44\x65leteJobResponse\x12!\n\x03job\x18\x01 \x01(\x0b\x32\x0f.luthier.v1.JobR\x03job\":\n\x16ListCheckpointsRequest\x12 \n\x06job_id\x18\x01 \x01(\tB\t\xbaH\x06r\x04\x10\x01\x18@R\x05jobId\"S\n\x17ListCheckpointsResponse\x12\x38\n\x0b\x63heckpoints\x18\x01 \x03(\x0b\x32\x16.luthier.v1.CheckpointR\x0b\x63heckpoints2\xf8\x05\n\nFineTuning\x12H\n\tCreateJob\x12\x1c.luthier.v1.CreateJobRequest\x1a\x1d.luthier.v1.CreateJobResponse\x12N\n\x0b\x45stimateJob\x12\x1e.luthier.v1.EstimateJobRequest\x1a\x1f.luthier.v1.EstimateJobResponse\x12?\n\x06GetJob\x12\x19.luthier.v1.GetJobRequest\x1a\x1a.luthier.v1.GetJobResponse\x12\x45\n\x08ListJobs\x12\x1b.luthier.v1.ListJobsRequest\x1a\x1c.luthier.v1.ListJobsResponse\x12H\n\tCancelJob\x12\x1c.luthier.v1.CancelJobRequest\x1a\x1d.luthier.v1.CancelJobResponse\x12G\n\x08WatchJob\x12\x1b.luthier.v1.WatchJobRequest\x1a\x1c.luthier.v1.WatchJobResponse0\x01\x12\x45\n\x08PauseJob\x12\x1b.luthier.v1.PauseJobRequest\x1a\x1c.luthier.v1.PauseJobResponse\x12H\n\tResumeJob\x12\x1c.luthier.v1.ResumeJobRequest\x1a\x1d.luthier.v1.ResumeJobResponse\x12H\n\tDeleteJob\x12\x1c.luthier.v1.DeleteJobRequest\x1a\x1d.luthier.v1.DeleteJobResponse\x12Z\n\x0fListCheckpoints\x12\".luthier.v1.ListCheckpointsRequest\x1a#.luthier.v1.ListCheckpointsResponseb\x06proto3')
 
 _globals = globals()
 _builder.BuildMessageAndEnumDescriptors(DESCRIPTOR, _globals)
@@ -39,6 +40,8 @@ if not _descriptor._USE_C_DESCRIPTORS:
   _globals['_CREATEJOBREQUEST'].fields_by_name['spec']._serialized_options = b'\272H\003\310\001\001'
   _globals['_CREATEJOBREQUEST'].fields_by_name['request_id']._loaded_options = None
   _globals['_CREATEJOBREQUEST'].fields_by_name['request_id']._serialized_options = b'\272H\010r\003\260\001\001\330\001\001'
+  _globals['_ESTIMATEJOBREQUEST'].fields_by_name['spec']._loaded_options = None
+  _globals['_ESTIMATEJOBREQUEST'].fields_by_name['spec']._serialized_options = b'\272H\003\310\001\001'
   _globals['_GETJOBREQUEST'].fields_by_name['job_id']._loaded_options = None
   _globals['_GETJOBREQUEST'].fields_by_name['job_id']._serialized_options = b'\272H\006r\004\020\001\030@'
   _globals['_LISTJOBSREQUEST_LABELSENTRY']._loaded_options = None
@@ -69,44 +72,48 @@ if not _descriptor._USE_C_DESCRIPTORS:
   _globals['_DELETEJOBREQUEST'].fields_by_name['job_id']._serialized_options = b'\272H\006r\004\020\001\030@'
   _globals['_LISTCHECKPOINTSREQUEST'].fields_by_name['job_id']._loaded_options = None
   _globals['_LISTCHECKPOINTSREQUEST'].fields_by_name['job_id']._serialized_options = b'\272H\006r\004\020\001\030@'
-  _globals['_CREATEJOBREQUEST']._serialized_start=149
-  _globals['_CREATEJOBREQUEST']._serialized_end=297
-  _globals['_CREATEJOBRESPONSE']._serialized_start=299
-  _globals['_CREATEJOBRESPONSE']._serialized_end=353
-  _globals['_GETJOBREQUEST']._serialized_start=355
-  _globals['_GETJOBREQUEST']._serialized_end=404
-  _globals['_GETJOBRESPONSE']._serialized_start=406
-  _globals['_GETJOBRESPONSE']._serialized_end=457
-  _globals['_LISTJOBSREQUEST']._serialized_start=460
-  _globals['_LISTJOBSREQUEST']._serialized_end=791
-  _globals['_LISTJOBSREQUEST_LABELSENTRY']._serialized_start=734
-  _globals['_LISTJOBSREQUEST_LABELSENTRY']._serialized_end=791
-  _globals['_LISTJOBSRESPONSE']._serialized_start=793
-  _globals['_LISTJOBSRESPONSE']._serialized_end=888
-  _globals['_CANCELJOBREQUEST']._serialized_start=890
-  _globals['_CANCELJOBREQUEST']._serialized_end=942
-  _globals['_CANCELJOBRESPONSE']._serialized_start=944
-  _globals['_CANCELJOBRESPONSE']._serialized_end=998
-  _globals['_WATCHJOBREQUEST']._serialized_start=1001
-  _globals['_WATCHJOBREQUEST']._serialized_end=1140
-  _globals['_WATCHJOBRESPONSE']._serialized_start=1142
-  _globals['_WATCHJOBRESPONSE']._serialized_end=1261
-  _globals['_PAUSEJOBREQUEST']._serialized_start=1263
-  _globals['_PAUSEJOBREQUEST']._serialized_end=1314
-  _globals['_PAUSEJOBRESPONSE']._serialized_start=1316
-  _globals['_PAUSEJOBRESPONSE']._serialized_end=1369
-  _globals['_RESUMEJOBREQUEST']._serialized_start=1371
-  _globals['_RESUMEJOBREQUEST']._serialized_end=1423
-  _globals['_RESUMEJOBRESPONSE']._serialized_start=1425
-  _globals['_RESUMEJOBRESPONSE']._serialized_end=1479
-  _globals['_DELETEJOBREQUEST']._serialized_start=1481
-  _globals['_DELETEJOBREQUEST']._serialized_end=1533
-  _globals['_DELETEJOBRESPONSE']._serialized_start=1535
-  _globals['_DELETEJOBRESPONSE']._serialized_end=1589
-  _globals['_LISTCHECKPOINTSREQUEST']._serialized_start=1591
-  _globals['_LISTCHECKPOINTSREQUEST']._serialized_end=1649
-  _globals['_LISTCHECKPOINTSRESPONSE']._serialized_start=1651
-  _globals['_LISTCHECKPOINTSRESPONSE']._serialized_end=1734
-  _globals['_FINETUNING']._serialized_start=1737
-  _globals['_FINETUNING']._serialized_end=2417
+  _globals['_CREATEJOBREQUEST']._serialized_start=176
+  _globals['_CREATEJOBREQUEST']._serialized_end=324
+  _globals['_CREATEJOBRESPONSE']._serialized_start=326
+  _globals['_CREATEJOBRESPONSE']._serialized_end=380
+  _globals['_ESTIMATEJOBREQUEST']._serialized_start=382
+  _globals['_ESTIMATEJOBREQUEST']._serialized_end=473
+  _globals['_ESTIMATEJOBRESPONSE']._serialized_start=476
+  _globals['_ESTIMATEJOBRESPONSE']._serialized_end=608
+  _globals['_GETJOBREQUEST']._serialized_start=610
+  _globals['_GETJOBREQUEST']._serialized_end=659
+  _globals['_GETJOBRESPONSE']._serialized_start=661
+  _globals['_GETJOBRESPONSE']._serialized_end=712
+  _globals['_LISTJOBSREQUEST']._serialized_start=715
+  _globals['_LISTJOBSREQUEST']._serialized_end=1046
+  _globals['_LISTJOBSREQUEST_LABELSENTRY']._serialized_start=989
+  _globals['_LISTJOBSREQUEST_LABELSENTRY']._serialized_end=1046
+  _globals['_LISTJOBSRESPONSE']._serialized_start=1048
+  _globals['_LISTJOBSRESPONSE']._serialized_end=1143
+  _globals['_CANCELJOBREQUEST']._serialized_start=1145
+  _globals['_CANCELJOBREQUEST']._serialized_end=1197
+  _globals['_CANCELJOBRESPONSE']._serialized_start=1199
+  _globals['_CANCELJOBRESPONSE']._serialized_end=1253
+  _globals['_WATCHJOBREQUEST']._serialized_start=1256
+  _globals['_WATCHJOBREQUEST']._serialized_end=1395
+  _globals['_WATCHJOBRESPONSE']._serialized_start=1397
+  _globals['_WATCHJOBRESPONSE']._serialized_end=1516
+  _globals['_PAUSEJOBREQUEST']._serialized_start=1518
+  _globals['_PAUSEJOBREQUEST']._serialized_end=1569
+  _globals['_PAUSEJOBRESPONSE']._serialized_start=1571
+  _globals['_PAUSEJOBRESPONSE']._serialized_end=1624
+  _globals['_RESUMEJOBREQUEST']._serialized_start=1626
+  _globals['_RESUMEJOBREQUEST']._serialized_end=1678
+  _globals['_RESUMEJOBRESPONSE']._serialized_start=1680
+  _globals['_RESUMEJOBRESPONSE']._serialized_end=1734
+  _globals['_DELETEJOBREQUEST']._serialized_start=1736
+  _globals['_DELETEJOBREQUEST']._serialized_end=1788
+  _globals['_DELETEJOBRESPONSE']._serialized_start=1790
+  _globals['_DELETEJOBRESPONSE']._serialized_end=1844
+  _globals['_LISTCHECKPOINTSREQUEST']._serialized_start=1846
+  _globals['_LISTCHECKPOINTSREQUEST']._serialized_end=1904
+  _globals['_LISTCHECKPOINTSRESPONSE']._serialized_start=1906
+  _globals['_LISTCHECKPOINTSRESPONSE']._serialized_end=1989
+  _globals['_FINETUNING']._serialized_start=1992
+  _globals['_FINETUNING']._serialized_end=2752
 # @@protoc_insertion_point(module_scope)

@@ -9,6 +9,7 @@ import google.protobuf.descriptor
 import google.protobuf.internal.containers
 import google.protobuf.message
 import luthier.v1.checkpoint_pb2
+import luthier.v1.estimate_pb2
 import luthier.v1.event_pb2
 import luthier.v1.job_pb2
 import sys
@@ -70,6 +71,60 @@ class CreateJobResponse(google.protobuf.message.Message):
     def ClearField(self, field_name: typing.Literal["job", b"job"]) -> None: ...
 
 Global___CreateJobResponse: typing_extensions.TypeAlias = CreateJobResponse
+
+@typing.final
+class EstimateJobRequest(google.protobuf.message.Message):
+    """Request of EstimateJob."""
+
+    DESCRIPTOR: google.protobuf.descriptor.Descriptor
+
+    SPEC_FIELD_NUMBER: builtins.int
+    PROBE_FIELD_NUMBER: builtins.int
+    probe: builtins.bool
+    """Load the model and make two real optimizer steps first: takes a free slot and as long as that takes. Refused while
+    every slot is in use.
+    """
+    @property
+    def spec(self) -> luthier.v1.job_pb2.JobSpec:
+        """What to do."""
+
+    def __init__(
+        self,
+        *,
+        spec: luthier.v1.job_pb2.JobSpec | None = ...,
+        probe: builtins.bool = ...,
+    ) -> None: ...
+    def HasField(self, field_name: typing.Literal["spec", b"spec"]) -> builtins.bool: ...
+    def ClearField(self, field_name: typing.Literal["probe", b"probe", "spec", b"spec"]) -> None: ...
+
+Global___EstimateJobRequest: typing_extensions.TypeAlias = EstimateJobRequest
+
+@typing.final
+class EstimateJobResponse(google.protobuf.message.Message):
+    """Response of EstimateJob."""
+
+    DESCRIPTOR: google.protobuf.descriptor.Descriptor
+
+    RESOLVED_SPEC_FIELD_NUMBER: builtins.int
+    ESTIMATE_FIELD_NUMBER: builtins.int
+    @property
+    def resolved_spec(self) -> luthier.v1.job_pb2.JobSpec:
+        """The spec with every default filled in."""
+
+    @property
+    def estimate(self) -> luthier.v1.estimate_pb2.JobEstimate:
+        """What it would take."""
+
+    def __init__(
+        self,
+        *,
+        resolved_spec: luthier.v1.job_pb2.JobSpec | None = ...,
+        estimate: luthier.v1.estimate_pb2.JobEstimate | None = ...,
+    ) -> None: ...
+    def HasField(self, field_name: typing.Literal["estimate", b"estimate", "resolved_spec", b"resolved_spec"]) -> builtins.bool: ...
+    def ClearField(self, field_name: typing.Literal["estimate", b"estimate", "resolved_spec", b"resolved_spec"]) -> None: ...
+
+Global___EstimateJobResponse: typing_extensions.TypeAlias = EstimateJobResponse
 
 @typing.final
 class GetJobRequest(google.protobuf.message.Message):

@@ -40,6 +40,11 @@ class FineTuningStub(object):
                 request_serializer=luthier_dot_v1_dot_fine__tuning__pb2.CreateJobRequest.SerializeToString,
                 response_deserializer=luthier_dot_v1_dot_fine__tuning__pb2.CreateJobResponse.FromString,
                 _registered_method=True)
+        self.EstimateJob = channel.unary_unary(
+                '/luthier.v1.FineTuning/EstimateJob',
+                request_serializer=luthier_dot_v1_dot_fine__tuning__pb2.EstimateJobRequest.SerializeToString,
+                response_deserializer=luthier_dot_v1_dot_fine__tuning__pb2.EstimateJobResponse.FromString,
+                _registered_method=True)
         self.GetJob = channel.unary_unary(
                 '/luthier.v1.FineTuning/GetJob',
                 request_serializer=luthier_dot_v1_dot_fine__tuning__pb2.GetJobRequest.SerializeToString,
@@ -88,6 +93,13 @@ class FineTuningServicer(object):
 
     def CreateJob(self, request, context):
         """Creates a job. Returns as soon as it is durable; training starts when a slot is free.
+        """
+        context.set_code(grpc.StatusCode.UNIMPLEMENTED)
+        context.set_details('Method not implemented!')
+        raise NotImplementedError('Method not implemented!')
+
+    def EstimateJob(self, request, context):
+        """Tells what a job would take: tokens, steps, time, money, memory and disk. Creates nothing.
         """
         context.set_code(grpc.StatusCode.UNIMPLEMENTED)
         context.set_details('Method not implemented!')
@@ -158,6 +170,11 @@ def add_FineTuningServicer_to_server(servicer, server):
                     request_deserializer=luthier_dot_v1_dot_fine__tuning__pb2.CreateJobRequest.FromString,
                     response_serializer=luthier_dot_v1_dot_fine__tuning__pb2.CreateJobResponse.SerializeToString,
             ),
+            'EstimateJob': grpc.unary_unary_rpc_method_handler(
+                    servicer.EstimateJob,
+                    request_deserializer=luthier_dot_v1_dot_fine__tuning__pb2.EstimateJobRequest.FromString,
+                    response_serializer=luthier_dot_v1_dot_fine__tuning__pb2.EstimateJobResponse.SerializeToString,
+            ),
             'GetJob': grpc.unary_unary_rpc_method_handler(
                     servicer.GetJob,
                     request_deserializer=luthier_dot_v1_dot_fine__tuning__pb2.GetJobRequest.FromString,
@@ -227,6 +244,33 @@ class FineTuning(object):
             '/luthier.v1.FineTuning/CreateJob',
             luthier_dot_v1_dot_fine__tuning__pb2.CreateJobRequest.SerializeToString,
             luthier_dot_v1_dot_fine__tuning__pb2.CreateJobResponse.FromString,
+            options,
+            channel_credentials,
+            insecure,
+            call_credentials,
+            compression,
+            wait_for_ready,
+            timeout,
+            metadata,
+            _registered_method=True)
+
+    @staticmethod
+    def EstimateJob(request,
+            target,
+            options=(),
+            channel_credentials=None,
+            call_credentials=None,
+            insecure=False,
+            compression=None,
+            wait_for_ready=None,
+            timeout=None,
+            metadata=None):
+        return grpc.experimental.unary_unary(
+            request,
+            target,
+            '/luthier.v1.FineTuning/EstimateJob',
+            luthier_dot_v1_dot_fine__tuning__pb2.EstimateJobRequest.SerializeToString,
+            luthier_dot_v1_dot_fine__tuning__pb2.EstimateJobResponse.FromString,
             options,
             channel_credentials,
             insecure,

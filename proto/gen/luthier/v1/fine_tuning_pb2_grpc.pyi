@@ -41,6 +41,22 @@ _FineTuningCreateJobType = typing_extensions.TypeVar(
     ],
 )
 
+_FineTuningEstimateJobType = typing_extensions.TypeVar(
+    '_FineTuningEstimateJobType',
+    grpc.UnaryUnaryMultiCallable[
+        luthier.v1.fine_tuning_pb2.EstimateJobRequest,
+        luthier.v1.fine_tuning_pb2.EstimateJobResponse,
+    ],
+    grpc.aio.UnaryUnaryMultiCallable[
+        luthier.v1.fine_tuning_pb2.EstimateJobRequest,
+        luthier.v1.fine_tuning_pb2.EstimateJobResponse,
+    ],
+    default=grpc.UnaryUnaryMultiCallable[
+        luthier.v1.fine_tuning_pb2.EstimateJobRequest,
+        luthier.v1.fine_tuning_pb2.EstimateJobResponse,
+    ],
+)
+
 _FineTuningGetJobType = typing_extensions.TypeVar(
     '_FineTuningGetJobType',
     grpc.UnaryUnaryMultiCallable[
@@ -169,7 +185,7 @@ _FineTuningListCheckpointsType = typing_extensions.TypeVar(
     ],
 )
 
-class FineTuningStub(typing.Generic[_FineTuningCreateJobType, _FineTuningGetJobType, _FineTuningListJobsType, _FineTuningCancelJobType, _FineTuningWatchJobType, _FineTuningPauseJobType, _FineTuningResumeJobType, _FineTuningDeleteJobType, _FineTuningListCheckpointsType]):
+class FineTuningStub(typing.Generic[_FineTuningCreateJobType, _FineTuningEstimateJobType, _FineTuningGetJobType, _FineTuningListJobsType, _FineTuningCancelJobType, _FineTuningWatchJobType, _FineTuningPauseJobType, _FineTuningResumeJobType, _FineTuningDeleteJobType, _FineTuningListCheckpointsType]):
     """Fine-tuning jobs: create, look at, cancel, watch."""
 
     @typing.overload
@@ -177,6 +193,10 @@ class FineTuningStub(typing.Generic[_FineTuningCreateJobType, _FineTuningGetJobT
         grpc.UnaryUnaryMultiCallable[
             luthier.v1.fine_tuning_pb2.CreateJobRequest,
             luthier.v1.fine_tuning_pb2.CreateJobResponse,
+        ],
+        grpc.UnaryUnaryMultiCallable[
+            luthier.v1.fine_tuning_pb2.EstimateJobRequest,
+            luthier.v1.fine_tuning_pb2.EstimateJobResponse,
         ],
         grpc.UnaryUnaryMultiCallable[
             luthier.v1.fine_tuning_pb2.GetJobRequest,
@@ -219,6 +239,10 @@ class FineTuningStub(typing.Generic[_FineTuningCreateJobType, _FineTuningGetJobT
             luthier.v1.fine_tuning_pb2.CreateJobResponse,
         ],
         grpc.aio.UnaryUnaryMultiCallable[
+            luthier.v1.fine_tuning_pb2.EstimateJobRequest,
+            luthier.v1.fine_tuning_pb2.EstimateJobResponse,
+        ],
+        grpc.aio.UnaryUnaryMultiCallable[
             luthier.v1.fine_tuning_pb2.GetJobRequest,
             luthier.v1.fine_tuning_pb2.GetJobResponse,
         ],
@@ -255,6 +279,9 @@ class FineTuningStub(typing.Generic[_FineTuningCreateJobType, _FineTuningGetJobT
     CreateJob: _FineTuningCreateJobType
     """Creates a job. Returns as soon as it is durable; training starts when a slot is free."""
 
+    EstimateJob: _FineTuningEstimateJobType
+    """Tells what a job would take: tokens, steps, time, money, memory and disk. Creates nothing."""
+
     GetJob: _FineTuningGetJobType
     """Returns a job as it is now."""
 
@@ -285,6 +312,10 @@ FineTuningAsyncStub: typing_extensions.TypeAlias = FineTuningStub[
     grpc.aio.UnaryUnaryMultiCallable[
         luthier.v1.fine_tuning_pb2.CreateJobRequest,
         luthier.v1.fine_tuning_pb2.CreateJobResponse,
+    ],
+    grpc.aio.UnaryUnaryMultiCallable[
+        luthier.v1.fine_tuning_pb2.EstimateJobRequest,
+        luthier.v1.fine_tuning_pb2.EstimateJobResponse,
     ],
     grpc.aio.UnaryUnaryMultiCallable[
         luthier.v1.fine_tuning_pb2.GetJobRequest,
@@ -330,6 +361,14 @@ class FineTuningServicer(metaclass=abc.ABCMeta):
         context: _ServicerContext,
     ) -> typing.Union[luthier.v1.fine_tuning_pb2.CreateJobResponse, collections.abc.Awaitable[luthier.v1.fine_tuning_pb2.CreateJobResponse]]:
         """Creates a job. Returns as soon as it is durable; training starts when a slot is free."""
+
+    @abc.abstractmethod
+    def EstimateJob(
+        self,
+        request: luthier.v1.fine_tuning_pb2.EstimateJobRequest,
+        context: _ServicerContext,
+    ) -> typing.Union[luthier.v1.fine_tuning_pb2.EstimateJobResponse, collections.abc.Awaitable[luthier.v1.fine_tuning_pb2.EstimateJobResponse]]:
+        """Tells what a job would take: tokens, steps, time, money, memory and disk. Creates nothing."""
 
     @abc.abstractmethod
     def GetJob(

@@ -193,6 +193,34 @@ DTYPE_BFLOAT16: Dtype.ValueType  # 2
 """bfloat16; what is trained keeps 32-bit masters."""
 Global___Dtype: typing_extensions.TypeAlias = Dtype
 
+class _AutoHyperparameter:
+    ValueType = typing.NewType("ValueType", builtins.int)
+    V: typing_extensions.TypeAlias = ValueType
+
+class _AutoHyperparameterEnumTypeWrapper(google.protobuf.internal.enum_type_wrapper._EnumTypeWrapper[_AutoHyperparameter.ValueType], builtins.type):
+    DESCRIPTOR: google.protobuf.descriptor.EnumDescriptor
+    AUTO_HYPERPARAMETER_UNSPECIFIED: _AutoHyperparameter.ValueType  # 0
+    """Never sent."""
+    AUTO_HYPERPARAMETER_EPOCHS: _AutoHyperparameter.ValueType  # 1
+    """epochs."""
+    AUTO_HYPERPARAMETER_BATCH_SIZE: _AutoHyperparameter.ValueType  # 2
+    """batch_size."""
+    AUTO_HYPERPARAMETER_LEARNING_RATE: _AutoHyperparameter.ValueType  # 3
+    """learning_rate."""
+
+class AutoHyperparameter(_AutoHyperparameter, metaclass=_AutoHyperparameterEnumTypeWrapper):
+    """A hyperparameter that a rule can decide."""
+
+AUTO_HYPERPARAMETER_UNSPECIFIED: AutoHyperparameter.ValueType  # 0
+"""Never sent."""
+AUTO_HYPERPARAMETER_EPOCHS: AutoHyperparameter.ValueType  # 1
+"""epochs."""
+AUTO_HYPERPARAMETER_BATCH_SIZE: AutoHyperparameter.ValueType  # 2
+"""batch_size."""
+AUTO_HYPERPARAMETER_LEARNING_RATE: AutoHyperparameter.ValueType  # 3
+"""learning_rate."""
+Global___AutoHyperparameter: typing_extensions.TypeAlias = AutoHyperparameter
+
 class _EvaluationMetric:
     ValueType = typing.NewType("ValueType", builtins.int)
     V: typing_extensions.TypeAlias = ValueType
@@ -732,6 +760,8 @@ class Hyperparameters(google.protobuf.message.Message):
     ADAM_EPSILON_FIELD_NUMBER: builtins.int
     LABEL_SMOOTHING_FIELD_NUMBER: builtins.int
     NEFTUNE_ALPHA_FIELD_NUMBER: builtins.int
+    FIND_LEARNING_RATE_FIELD_NUMBER: builtins.int
+    AUTO_FIELD_NUMBER: builtins.int
     DECAY_RATIO_FIELD_NUMBER: builtins.int
     MIN_LEARNING_RATE_RATIO_FIELD_NUMBER: builtins.int
     batch_size: builtins.int
@@ -782,10 +812,20 @@ class Hyperparameters(google.protobuf.message.Message):
     """Uniform noise of at most alpha / sqrt(tokens x width) on each example's input embeddings while training (NEFTune,
     Jain et al. 2023); 0 turns it off. Default 0.
     """
+    find_learning_rate: builtins.bool
+    """Before the first step a learning-rate range test finds the learning rate (Smith 2017), and the job trains with it; the
+    event LearningRateFound has its curve. Not together with learning_rate. Default false.
+    """
     decay_ratio: builtins.float
     """Share of all steps, at the end, in which warmup_stable_decay decays; other schedules have none. Default 0.1."""
     min_learning_rate_ratio: builtins.float
     """The floor of the learning rate, as a share of its peak; not of the constant schedule. Default 0."""
+    @property
+    def auto(self) -> google.protobuf.internal.containers.RepeatedScalarFieldContainer[Global___AutoHyperparameter.ValueType]:
+        """These are decided by rules from the data and the base model, which docs/fine-tuning.md names with their sources; none
+        of them may be given too. resolved_spec has the numbers, and the job's log the reasons.
+        """
+
     def __init__(
         self,
         *,
@@ -810,11 +850,13 @@ class Hyperparameters(google.protobuf.message.Message):
         adam_epsilon: builtins.float | None = ...,
         label_smoothing: builtins.float | None = ...,
         neftune_alpha: builtins.float | None = ...,
+        find_learning_rate: builtins.bool | None = ...,
+        auto: collections.abc.Iterable[Global___AutoHyperparameter.ValueType] | None = ...,
         decay_ratio: builtins.float | None = ...,
         min_learning_rate_ratio: builtins.float | None = ...,
     ) -> None: ...
-    def HasField(self, field_name: typing.Literal["_adam_beta1", b"_adam_beta1", "_adam_beta2", b"_adam_beta2", "_adam_epsilon", b"_adam_epsilon", "_batch_size", b"_batch_size", "_decay_ratio", b"_decay_ratio", "_epochs", b"_epochs", "_gradient_accumulation_steps", b"_gradient_accumulation_steps", "_label_smoothing", b"_label_smoothing", "_learning_rate", b"_learning_rate", "_log_every", b"_log_every", "_max_grad_norm", b"_max_grad_norm", "_max_length", b"_max_length", "_max_steps", b"_max_steps", "_min_learning_rate_ratio", b"_min_learning_rate_ratio", "_neftune_alpha", b"_neftune_alpha", "_per_device_train_batch_size", b"_per_device_train_batch_size", "_seed", b"_seed", "_warmup_ratio", b"_warmup_ratio", "_warmup_steps", b"_warmup_steps", "_weight_decay", b"_weight_decay", "adam_beta1", b"adam_beta1", "adam_beta2", b"adam_beta2", "adam_epsilon", b"adam_epsilon", "batch_size", b"batch_size", "decay_ratio", b"decay_ratio", "epochs", b"epochs", "gradient_accumulation_steps", b"gradient_accumulation_steps", "label_smoothing", b"label_smoothing", "learning_rate", b"learning_rate", "log_every", b"log_every", "max_grad_norm", b"max_grad_norm", "max_length", b"max_length", "max_steps", b"max_steps", "min_learning_rate_ratio", b"min_learning_rate_ratio", "neftune_alpha", b"neftune_alpha", "per_device_train_batch_size", b"per_device_train_batch_size", "seed", b"seed", "warmup_ratio", b"warmup_ratio", "warmup_steps", b"warmup_steps", "weight_decay", b"weight_decay"]) -> builtins.bool: ...
-    def ClearField(self, field_name: typing.Literal["_adam_beta1", b"_adam_beta1", "_adam_beta2", b"_adam_beta2", "_adam_epsilon", b"_adam_epsilon", "_batch_size", b"_batch_size", "_decay_ratio", b"_decay_ratio", "_epochs", b"_epochs", "_gradient_accumulation_steps", b"_gradient_accumulation_steps", "_label_smoothing", b"_label_smoothing", "_learning_rate", b"_learning_rate", "_log_every", b"_log_every", "_max_grad_norm", b"_max_grad_norm", "_max_length", b"_max_length", "_max_steps", b"_max_steps", "_min_learning_rate_ratio", b"_min_learning_rate_ratio", "_neftune_alpha", b"_neftune_alpha", "_per_device_train_batch_size", b"_per_device_train_batch_size", "_seed", b"_seed", "_warmup_ratio", b"_warmup_ratio", "_warmup_steps", b"_warmup_steps", "_weight_decay", b"_weight_decay", "adam_beta1", b"adam_beta1", "adam_beta2", b"adam_beta2", "adam_epsilon", b"adam_epsilon", "attn_implementation", b"attn_implementation", "batch_size", b"batch_size", "decay_ratio", b"decay_ratio", "dtype", b"dtype", "epochs", b"epochs", "gradient_accumulation_steps", b"gradient_accumulation_steps", "label_smoothing", b"label_smoothing", "learning_rate", b"learning_rate", "log_every", b"log_every", "lr_scheduler", b"lr_scheduler", "max_grad_norm", b"max_grad_norm", "max_length", b"max_length", "max_steps", b"max_steps", "min_learning_rate_ratio", b"min_learning_rate_ratio", "neftune_alpha", b"neftune_alpha", "per_device_train_batch_size", b"per_device_train_batch_size", "seed", b"seed", "warmup_ratio", b"warmup_ratio", "warmup_steps", b"warmup_steps", "weight_decay", b"weight_decay"]) -> None: ...
+    def HasField(self, field_name: typing.Literal["_adam_beta1", b"_adam_beta1", "_adam_beta2", b"_adam_beta2", "_adam_epsilon", b"_adam_epsilon", "_batch_size", b"_batch_size", "_decay_ratio", b"_decay_ratio", "_epochs", b"_epochs", "_find_learning_rate", b"_find_learning_rate", "_gradient_accumulation_steps", b"_gradient_accumulation_steps", "_label_smoothing", b"_label_smoothing", "_learning_rate", b"_learning_rate", "_log_every", b"_log_every", "_max_grad_norm", b"_max_grad_norm", "_max_length", b"_max_length", "_max_steps", b"_max_steps", "_min_learning_rate_ratio", b"_min_learning_rate_ratio", "_neftune_alpha", b"_neftune_alpha", "_per_device_train_batch_size", b"_per_device_train_batch_size", "_seed", b"_seed", "_warmup_ratio", b"_warmup_ratio", "_warmup_steps", b"_warmup_steps", "_weight_decay", b"_weight_decay", "adam_beta1", b"adam_beta1", "adam_beta2", b"adam_beta2", "adam_epsilon", b"adam_epsilon", "batch_size", b"batch_size", "decay_ratio", b"decay_ratio", "epochs", b"epochs", "find_learning_rate", b"find_learning_rate", "gradient_accumulation_steps", b"gradient_accumulation_steps", "label_smoothing", b"label_smoothing", "learning_rate", b"learning_rate", "log_every", b"log_every", "max_grad_norm", b"max_grad_norm", "max_length", b"max_length", "max_steps", b"max_steps", "min_learning_rate_ratio", b"min_learning_rate_ratio", "neftune_alpha", b"neftune_alpha", "per_device_train_batch_size", b"per_device_train_batch_size", "seed", b"seed", "warmup_ratio", b"warmup_ratio", "warmup_steps", b"warmup_steps", "weight_decay", b"weight_decay"]) -> builtins.bool: ...
+    def ClearField(self, field_name: typing.Literal["_adam_beta1", b"_adam_beta1", "_adam_beta2", b"_adam_beta2", "_adam_epsilon", b"_adam_epsilon", "_batch_size", b"_batch_size", "_decay_ratio", b"_decay_ratio", "_epochs", b"_epochs", "_find_learning_rate", b"_find_learning_rate", "_gradient_accumulation_steps", b"_gradient_accumulation_steps", "_label_smoothing", b"_label_smoothing", "_learning_rate", b"_learning_rate", "_log_every", b"_log_every", "_max_grad_norm", b"_max_grad_norm", "_max_length", b"_max_length", "_max_steps", b"_max_steps", "_min_learning_rate_ratio", b"_min_learning_rate_ratio", "_neftune_alpha", b"_neftune_alpha", "_per_device_train_batch_size", b"_per_device_train_batch_size", "_seed", b"_seed", "_warmup_ratio", b"_warmup_ratio", "_warmup_steps", b"_warmup_steps", "_weight_decay", b"_weight_decay", "adam_beta1", b"adam_beta1", "adam_beta2", b"adam_beta2", "adam_epsilon", b"adam_epsilon", "attn_implementation", b"attn_implementation", "auto", b"auto", "batch_size", b"batch_size", "decay_ratio", b"decay_ratio", "dtype", b"dtype", "epochs", b"epochs", "find_learning_rate", b"find_learning_rate", "gradient_accumulation_steps", b"gradient_accumulation_steps", "label_smoothing", b"label_smoothing", "learning_rate", b"learning_rate", "log_every", b"log_every", "lr_scheduler", b"lr_scheduler", "max_grad_norm", b"max_grad_norm", "max_length", b"max_length", "max_steps", b"max_steps", "min_learning_rate_ratio", b"min_learning_rate_ratio", "neftune_alpha", b"neftune_alpha", "per_device_train_batch_size", b"per_device_train_batch_size", "seed", b"seed", "warmup_ratio", b"warmup_ratio", "warmup_steps", b"warmup_steps", "weight_decay", b"weight_decay"]) -> None: ...
     @typing.overload
     def WhichOneof(self, oneof_group: typing.Literal["_adam_beta1", b"_adam_beta1"]) -> typing.Literal["adam_beta1"] | None: ...
     @typing.overload
@@ -827,6 +869,8 @@ class Hyperparameters(google.protobuf.message.Message):
     def WhichOneof(self, oneof_group: typing.Literal["_decay_ratio", b"_decay_ratio"]) -> typing.Literal["decay_ratio"] | None: ...
     @typing.overload
     def WhichOneof(self, oneof_group: typing.Literal["_epochs", b"_epochs"]) -> typing.Literal["epochs"] | None: ...
+    @typing.overload
+    def WhichOneof(self, oneof_group: typing.Literal["_find_learning_rate", b"_find_learning_rate"]) -> typing.Literal["find_learning_rate"] | None: ...
     @typing.overload
     def WhichOneof(self, oneof_group: typing.Literal["_gradient_accumulation_steps", b"_gradient_accumulation_steps"]) -> typing.Literal["gradient_accumulation_steps"] | None: ...
     @typing.overload

@@ -42,6 +42,7 @@ class TrainerReport(google.protobuf.message.Message):
     FAILED_FIELD_NUMBER: builtins.int
     STOPPED_FIELD_NUMBER: builtins.int
     RESUME_CHECKED_FIELD_NUMBER: builtins.int
+    LEARNING_RATE_FOUND_FIELD_NUMBER: builtins.int
     sequence: builtins.int
     """Dense from 1 per attempt."""
     @property
@@ -100,6 +101,10 @@ class TrainerReport(google.protobuf.message.Message):
     def resume_checked(self) -> luthier.v1.event_pb2.ResumeChecked:
         """Training that goes on was checked against what was recorded."""
 
+    @property
+    def learning_rate_found(self) -> luthier.v1.event_pb2.LearningRateFound:
+        """A range test found the learning rate."""
+
     def __init__(
         self,
         *,
@@ -118,10 +123,11 @@ class TrainerReport(google.protobuf.message.Message):
         failed: Global___Failed | None = ...,
         stopped: Global___Stopped | None = ...,
         resume_checked: luthier.v1.event_pb2.ResumeChecked | None = ...,
+        learning_rate_found: luthier.v1.event_pb2.LearningRateFound | None = ...,
     ) -> None: ...
-    def HasField(self, field_name: typing.Literal["checkpoint_saved", b"checkpoint_saved", "evaluation_completed", b"evaluation_completed", "failed", b"failed", "finished", b"finished", "heartbeat", b"heartbeat", "log_emitted", b"log_emitted", "payload", b"payload", "phase_progressed", b"phase_progressed", "plan_resolved", b"plan_resolved", "resume_checked", b"resume_checked", "samples_generated", b"samples_generated", "started", b"started", "step_completed", b"step_completed", "stopped", b"stopped", "time", b"time"]) -> builtins.bool: ...
-    def ClearField(self, field_name: typing.Literal["checkpoint_saved", b"checkpoint_saved", "evaluation_completed", b"evaluation_completed", "failed", b"failed", "finished", b"finished", "heartbeat", b"heartbeat", "log_emitted", b"log_emitted", "payload", b"payload", "phase_progressed", b"phase_progressed", "plan_resolved", b"plan_resolved", "resume_checked", b"resume_checked", "samples_generated", b"samples_generated", "sequence", b"sequence", "started", b"started", "step_completed", b"step_completed", "stopped", b"stopped", "time", b"time"]) -> None: ...
-    def WhichOneof(self, oneof_group: typing.Literal["payload", b"payload"]) -> typing.Literal["started", "plan_resolved", "phase_progressed", "step_completed", "evaluation_completed", "samples_generated", "checkpoint_saved", "log_emitted", "heartbeat", "finished", "failed", "stopped", "resume_checked"] | None: ...
+    def HasField(self, field_name: typing.Literal["checkpoint_saved", b"checkpoint_saved", "evaluation_completed", b"evaluation_completed", "failed", b"failed", "finished", b"finished", "heartbeat", b"heartbeat", "learning_rate_found", b"learning_rate_found", "log_emitted", b"log_emitted", "payload", b"payload", "phase_progressed", b"phase_progressed", "plan_resolved", b"plan_resolved", "resume_checked", b"resume_checked", "samples_generated", b"samples_generated", "started", b"started", "step_completed", b"step_completed", "stopped", b"stopped", "time", b"time"]) -> builtins.bool: ...
+    def ClearField(self, field_name: typing.Literal["checkpoint_saved", b"checkpoint_saved", "evaluation_completed", b"evaluation_completed", "failed", b"failed", "finished", b"finished", "heartbeat", b"heartbeat", "learning_rate_found", b"learning_rate_found", "log_emitted", b"log_emitted", "payload", b"payload", "phase_progressed", b"phase_progressed", "plan_resolved", b"plan_resolved", "resume_checked", b"resume_checked", "samples_generated", b"samples_generated", "sequence", b"sequence", "started", b"started", "step_completed", b"step_completed", "stopped", b"stopped", "time", b"time"]) -> None: ...
+    def WhichOneof(self, oneof_group: typing.Literal["payload", b"payload"]) -> typing.Literal["started", "plan_resolved", "phase_progressed", "step_completed", "evaluation_completed", "samples_generated", "checkpoint_saved", "log_emitted", "heartbeat", "finished", "failed", "stopped", "resume_checked", "learning_rate_found"] | None: ...
 
 Global___TrainerReport: typing_extensions.TypeAlias = TrainerReport
 
@@ -268,6 +274,9 @@ class ModelReport(google.protobuf.message.Message):
     MODULE_NAMES_FIELD_NUMBER: builtins.int
     MAX_POSITIONS_FIELD_NUMBER: builtins.int
     BASE_LOCATION_FIELD_NUMBER: builtins.int
+    HIDDEN_SIZE_FIELD_NUMBER: builtins.int
+    MODEL_TYPE_FIELD_NUMBER: builtins.int
+    PARAMETERS_FIELD_NUMBER: builtins.int
     found: builtins.bool
     """Whether there is such a model."""
     problem: builtins.str
@@ -282,6 +291,12 @@ class ModelReport(google.protobuf.message.Message):
     """The longest sequence the model was made for, in tokens; 0 when unknown."""
     base_location: builtins.str
     """Hub id or directory of the base below the adapter, when there is one."""
+    hidden_size: builtins.int
+    """Width of its hidden states; 0 when unknown."""
+    model_type: builtins.str
+    """Its family as transformers calls it, such as `llama`; empty when unknown."""
+    parameters: builtins.int
+    """How many weights it has, as its files' headers say; 0 when unknown."""
     @property
     def module_names(self) -> google.protobuf.internal.containers.RepeatedScalarFieldContainer[builtins.str]:
         """Names of all modules that hold weights, as in the safetensors header without `.weight`."""
@@ -297,7 +312,10 @@ class ModelReport(google.protobuf.message.Message):
         module_names: collections.abc.Iterable[builtins.str] | None = ...,
         max_positions: builtins.int = ...,
         base_location: builtins.str = ...,
+        hidden_size: builtins.int = ...,
+        model_type: builtins.str = ...,
+        parameters: builtins.int = ...,
     ) -> None: ...
-    def ClearField(self, field_name: typing.Literal["adapter_dir", b"adapter_dir", "base_location", b"base_location", "directory", b"directory", "found", b"found", "is_hub", b"is_hub", "max_positions", b"max_positions", "module_names", b"module_names", "problem", b"problem"]) -> None: ...
+    def ClearField(self, field_name: typing.Literal["adapter_dir", b"adapter_dir", "base_location", b"base_location", "directory", b"directory", "found", b"found", "hidden_size", b"hidden_size", "is_hub", b"is_hub", "max_positions", b"max_positions", "model_type", b"model_type", "module_names", b"module_names", "parameters", b"parameters", "problem", b"problem"]) -> None: ...
 
 Global___ModelReport: typing_extensions.TypeAlias = ModelReport

@@ -12,6 +12,7 @@ import google.protobuf.message
 import google.protobuf.timestamp_pb2
 import luthier.v1.dataset_pb2
 import luthier.v1.datasets_pb2
+import luthier.v1.estimate_pb2
 import luthier.v1.job_pb2
 import sys
 import typing
@@ -78,6 +79,8 @@ class TrainerTask(google.protobuf.message.Message):
     CACHE_MAX_BYTES_FIELD_NUMBER: builtins.int
     PREVIEW_FIELD_NUMBER: builtins.int
     CHECK_FIELD_NUMBER: builtins.int
+    ESTIMATE_FIELD_NUMBER: builtins.int
+    MEMORY_LIMIT_BYTES_FIELD_NUMBER: builtins.int
     job_id: builtins.str
     """The job."""
     attempt: builtins.int
@@ -102,6 +105,8 @@ class TrainerTask(google.protobuf.message.Message):
     """Tokens computed by earlier attempts."""
     cache_max_bytes: builtins.int
     """Bytes that the cache may take; 0 for no limit."""
+    memory_limit_bytes: builtins.int
+    """Bytes that training may take on its device; 0 for what the device has."""
     @property
     def spec(self) -> luthier.v1.job_pb2.JobSpec:
         """The spec with every default filled in."""
@@ -138,6 +143,10 @@ class TrainerTask(google.protobuf.message.Message):
     def check(self) -> Global___CheckWork:
         """Tokenise the datasets into the cache and report on them."""
 
+    @property
+    def estimate(self) -> Global___EstimateWork:
+        """Tell what training would take."""
+
     def __init__(
         self,
         *,
@@ -162,10 +171,12 @@ class TrainerTask(google.protobuf.message.Message):
         cache_max_bytes: builtins.int = ...,
         preview: Global___PreviewWork | None = ...,
         check: Global___CheckWork | None = ...,
+        estimate: Global___EstimateWork | None = ...,
+        memory_limit_bytes: builtins.int = ...,
     ) -> None: ...
-    def HasField(self, field_name: typing.Literal["base_model", b"base_model", "check", b"check", "preview", b"preview", "puppet", b"puppet", "spec", b"spec", "training_dataset", b"training_dataset", "validation_dataset", b"validation_dataset", "work", b"work"]) -> builtins.bool: ...
-    def ClearField(self, field_name: typing.Literal["attempt", b"attempt", "base_model", b"base_model", "cache_dir", b"cache_dir", "cache_max_bytes", b"cache_max_bytes", "check", b"check", "checkpoints_dir", b"checkpoints_dir", "computed_tokens", b"computed_tokens", "cuda_devices", b"cuda_devices", "heartbeat_seconds", b"heartbeat_seconds", "job_id", b"job_id", "model_dir", b"model_dir", "model_id", b"model_id", "preview", b"preview", "puppet", b"puppet", "resume_fallbacks", b"resume_fallbacks", "resume_from", b"resume_from", "spec", b"spec", "threads", b"threads", "training_dataset", b"training_dataset", "validation_dataset", b"validation_dataset", "wake_socket", b"wake_socket", "work", b"work"]) -> None: ...
-    def WhichOneof(self, oneof_group: typing.Literal["work", b"work"]) -> typing.Literal["preview", "check"] | None: ...
+    def HasField(self, field_name: typing.Literal["base_model", b"base_model", "check", b"check", "estimate", b"estimate", "preview", b"preview", "puppet", b"puppet", "spec", b"spec", "training_dataset", b"training_dataset", "validation_dataset", b"validation_dataset", "work", b"work"]) -> builtins.bool: ...
+    def ClearField(self, field_name: typing.Literal["attempt", b"attempt", "base_model", b"base_model", "cache_dir", b"cache_dir", "cache_max_bytes", b"cache_max_bytes", "check", b"check", "checkpoints_dir", b"checkpoints_dir", "computed_tokens", b"computed_tokens", "cuda_devices", b"cuda_devices", "estimate", b"estimate", "heartbeat_seconds", b"heartbeat_seconds", "job_id", b"job_id", "memory_limit_bytes", b"memory_limit_bytes", "model_dir", b"model_dir", "model_id", b"model_id", "preview", b"preview", "puppet", b"puppet", "resume_fallbacks", b"resume_fallbacks", "resume_from", b"resume_from", "spec", b"spec", "threads", b"threads", "training_dataset", b"training_dataset", "validation_dataset", b"validation_dataset", "wake_socket", b"wake_socket", "work", b"work"]) -> None: ...
+    def WhichOneof(self, oneof_group: typing.Literal["work", b"work"]) -> typing.Literal["preview", "check", "estimate"] | None: ...
 
 Global___TrainerTask: typing_extensions.TypeAlias = TrainerTask
 
@@ -206,6 +217,32 @@ class CheckWork(google.protobuf.message.Message):
 Global___CheckWork: typing_extensions.TypeAlias = CheckWork
 
 @typing.final
+class EstimateWork(google.protobuf.message.Message):
+    """Tell what training would take."""
+
+    DESCRIPTOR: google.protobuf.descriptor.Descriptor
+
+    PROBE_FIELD_NUMBER: builtins.int
+    KNOWN_MFU_FIELD_NUMBER: builtins.int
+    MEMORY_ONLY_FIELD_NUMBER: builtins.int
+    probe: builtins.bool
+    """Make two real optimizer steps first."""
+    known_mfu: builtins.float
+    """Share of the device's peak that an earlier job reached; 0 when there was none."""
+    memory_only: builtins.bool
+    """The memory is asked for alone: count no tokens."""
+    def __init__(
+        self,
+        *,
+        probe: builtins.bool = ...,
+        known_mfu: builtins.float = ...,
+        memory_only: builtins.bool = ...,
+    ) -> None: ...
+    def ClearField(self, field_name: typing.Literal["known_mfu", b"known_mfu", "memory_only", b"memory_only", "probe", b"probe"]) -> None: ...
+
+Global___EstimateWork: typing_extensions.TypeAlias = EstimateWork
+
+@typing.final
 class DataAnswer(google.protobuf.message.Message):
     """What work on datasets gives: the file `answer` of its directory."""
 
@@ -214,6 +251,7 @@ class DataAnswer(google.protobuf.message.Message):
     PREVIEW_FIELD_NUMBER: builtins.int
     CHECK_FIELD_NUMBER: builtins.int
     ERROR_FIELD_NUMBER: builtins.int
+    ESTIMATE_FIELD_NUMBER: builtins.int
     @property
     def preview(self) -> luthier.v1.datasets_pb2.PreviewDatasetResponse:
         """Of PreviewWork."""
@@ -226,16 +264,21 @@ class DataAnswer(google.protobuf.message.Message):
     def error(self) -> luthier.v1.job_pb2.JobError:
         """Why there is no result."""
 
+    @property
+    def estimate(self) -> luthier.v1.estimate_pb2.JobEstimate:
+        """Of EstimateWork."""
+
     def __init__(
         self,
         *,
         preview: luthier.v1.datasets_pb2.PreviewDatasetResponse | None = ...,
         check: luthier.v1.datasets_pb2.TokenReports | None = ...,
         error: luthier.v1.job_pb2.JobError | None = ...,
+        estimate: luthier.v1.estimate_pb2.JobEstimate | None = ...,
     ) -> None: ...
-    def HasField(self, field_name: typing.Literal["answer", b"answer", "check", b"check", "error", b"error", "preview", b"preview"]) -> builtins.bool: ...
-    def ClearField(self, field_name: typing.Literal["answer", b"answer", "check", b"check", "error", b"error", "preview", b"preview"]) -> None: ...
-    def WhichOneof(self, oneof_group: typing.Literal["answer", b"answer"]) -> typing.Literal["preview", "check", "error"] | None: ...
+    def HasField(self, field_name: typing.Literal["answer", b"answer", "check", b"check", "error", b"error", "estimate", b"estimate", "preview", b"preview"]) -> builtins.bool: ...
+    def ClearField(self, field_name: typing.Literal["answer", b"answer", "check", b"check", "error", b"error", "estimate", b"estimate", "preview", b"preview"]) -> None: ...
+    def WhichOneof(self, oneof_group: typing.Literal["answer", b"answer"]) -> typing.Literal["preview", "check", "error", "estimate"] | None: ...
 
 Global___DataAnswer: typing_extensions.TypeAlias = DataAnswer
 
