@@ -1,21 +1,26 @@
 """Attention per document: the documents of a flattened row [1, T] attend to themselves alone.
 
-Registered with transformers under ATTENTION. The documents' borders travel through the model's forward as the keyword
-arguments that transformers defines for flash attention (`cu_seq_lens_q`, ...), so no state is shared between jobs.
-There is never a T x T mask: on CPU each document runs through causal SDPA by itself, on CUDA all of them through a
-varlen kernel. What this function does not implement it refuses with UnsupportedAttention, and the caller falls back to
-padded batches.
+Registered with transformers under ATTENTION and IN_BLOCKS. The documents' borders travel through the model's forward as
+the keyword arguments that transformers defines for flash attention (`cu_seq_lens_q`, ...), so no state is shared
+between jobs. There is never a T x T mask: on CPU each document is computed by itself (`document_attention`, and plain
+causal SDPA for what that does not compute), on CUDA all of them run through a varlen kernel. What this function does
+not implement it refuses with UnsupportedAttention, and the caller falls back to padded batches.
 """
 
 from collections.abc import Callable
-from functools import cache
+from functools import cache, partial
 from typing import Any
 
 import torch
 import torch.nn.functional as F
 from transformers import AttentionInterface
 
+from luthier_trainer import document_attention
+
 ATTENTION = "luthier_documents"
+
+IN_BLOCKS = "luthier_documents_in_blocks"
+"""As ATTENTION, to rounding, with documents of middling length in blocks of products where that is possible."""
 
 _UNSUPPORTED = ("position_bias", "s_aux", "sinks", "head_mask", "cache", "indices")
 
@@ -51,6 +56,7 @@ def attend_documents(
     softcap: float | None = None,
     cu_seq_lens_q: torch.Tensor | None = None,
     max_length_q: int | None = None,
+    in_blocks: bool = False,
     **others: Any,
 ) -> tuple[torch.Tensor, None]:
     """Causal attention within each document.
@@ -70,6 +76,12 @@ def attend_documents(
     if query.is_cuda and softcap is None and dropout == 0.0 and query.dtype != torch.float32:
         return _varlen(query, key, value, cu_seq_lens_q, max_length_q, scale, sliding_window), None
     lengths = torch.diff(cu_seq_lens_q).tolist()
+    plain = softcap is None and dropout == 0.0
+    if plain and document_attention.computes(query, value, max_length_q, sliding_window, in_blocks=in_blocks):
+        attended = document_attention.attend(
+            query, key, value, tuple(lengths), scale, sliding_window, in_blocks=in_blocks
+        )
+        return attended.transpose(1, 2), None
     outputs = [
         _attend(q, k, v, scale, dropout, sliding_window, softcap).transpose(1, 2)
         for q, k, v in zip(
@@ -166,3 +178,4 @@ def _flash_attention() -> Callable[..., Any] | None:
 
 
 AttentionInterface.register(ATTENTION, attend_documents)
+AttentionInterface.register(IN_BLOCKS, partial(attend_documents, in_blocks=True))

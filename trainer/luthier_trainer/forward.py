@@ -10,7 +10,7 @@ from peft.utils import ModulesToSaveWrapper
 from torch import nn
 from transformers import PreTrainedModel
 
-from luthier_trainer.attention import ATTENTION, document_arguments
+from luthier_trainer.attention import ATTENTION, IN_BLOCKS, document_arguments
 from luthier_trainer.flatten import MicroBatch
 from luthier_trainer.loss import Shaping, score, scored_cross_entropy
 
@@ -116,3 +116,6 @@ def set_attention(model: PreTrainedModel, implementation: str) -> None:
 
 DOCUMENTS = ATTENTION
 """The name of attention per document, for `set_attention`."""
+
+DOCUMENTS_IN_BLOCKS = IN_BLOCKS
+"""The name of attention per document in blocks of products."""

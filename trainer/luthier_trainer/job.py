@@ -29,7 +29,7 @@ from luthier_trainer.model import Trained, adapter_rank, load_base, prepare
 from luthier_trainer.neftune import Neftune
 from luthier_trainer.optimizer import Optimizer
 from luthier_trainer.order import RowOrder
-from luthier_trainer.plan import Compute, attention_name, choose_compute, micro_batch_tokens
+from luthier_trainer.plan import Compute, attention_name, choose_blocks, choose_compute, micro_batch_tokens
 from luthier_trainer.probe import choose_forward
 from luthier_trainer.quantization import quantization_config
 from luthier_trainer.report import Reporter
@@ -163,6 +163,7 @@ def set_up(task: TrainerTask, settings: Settings, places: Places, reporter: Repo
     lora.speed_up(trained.causal_lm)
     generation_attention = trained.causal_lm.config._attn_implementation
     forward, notes = choose_forward(trained.causal_lm, settings.attention, int(rows.lengths.max()))
+    notes += choose_blocks(forward, compute, resumed.plan if resumed else None)
     forward = replace(forward, label_smoothing=settings.label_smoothing)
     optimizer = Optimizer(masters, settings.adam)
     reporter.report(event_pb2.PhaseProgressed(phase=event_pb2.PHASE_LOADING, unit="models", completed=1, total=1))

@@ -7,13 +7,18 @@ import torch
 
 from luthier.trainer.v1.task_pb2 import TrainerTask
 from luthier.v1 import job_pb2
-from luthier_trainer.forward import Forward
-from luthier_trainer.probe import bfloat16_gain
+from luthier_trainer.forward import DOCUMENTS_IN_BLOCKS, Forward, set_attention
+from luthier_trainer.probe import bfloat16_gain, blocks_gain
 from luthier_trainer.state import ResumedPlan
 
 _CPU_TOKENS = 4096
 _CUDA_TOKENS = 16384
 _WORTHWHILE_GAIN = 1.5
+_SMALLEST_BLOCKS_GAIN = 0.9
+"""Attention in blocks is the rule: only a machine on which it is clearly slower does without, so that a measurement
+beside other work does not decide."""
+
+_IN_BLOCKS = "documents-blocks"
 
 
 @dataclass(frozen=True)
@@ -71,9 +76,29 @@ def micro_batch_tokens(compute: Compute, resumed: ResumedPlan | None) -> int:
     return _CUDA_TOKENS if compute.device.type == "cuda" else _CPU_TOKENS
 
 
+def choose_blocks(forward: Forward, compute: Compute, resumed: ResumedPlan | None) -> list[str]:
+    """On a CPU, has attention per document computed in blocks of products unless this machine is slower at it; a
+    resumed plan's way is kept. Returns notes."""
+    if not forward.documents or compute.device.type != "cpu":
+        return []
+    if resumed is not None:
+        if resumed.attention == _IN_BLOCKS:
+            set_attention(forward.model, DOCUMENTS_IN_BLOCKS)
+        return []
+    gain = blocks_gain(forward.model.config.get_text_config(), compute.dtype)
+    if gain is None:
+        return []
+    note = f"attention in blocks of products runs at {gain:.1f} times the speed of torch's kernel here"
+    if gain >= _SMALLEST_BLOCKS_GAIN:
+        set_attention(forward.model, DOCUMENTS_IN_BLOCKS)
+    return [note]
+
+
 def attention_name(forward: Forward, compute: Compute) -> str:
     """The attention path as reports and checkpoints call it."""
     if not forward.documents:
         return f"padded-{forward.model.config._attn_implementation}"
     varlen = compute.device.type == "cuda" and compute.dtype != torch.float32
-    return "documents-varlen" if varlen else "documents-sdpa"
+    if varlen:
+        return "documents-varlen"
+    return _IN_BLOCKS if forward.model.config._attn_implementation == DOCUMENTS_IN_BLOCKS else "documents-sdpa"
