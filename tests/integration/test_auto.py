@@ -27,12 +27,12 @@ def test_rules_decide_what_a_job_leaves_to_them_and_its_log_says_why(daemons: St
     assert list(job.spec.fine_tune.hyperparameters.auto) == list(EVERY)
     numbers = job.resolved_spec.fine_tune.hyperparameters
     assert shown.fine_tune.hyperparameters == numbers
-    assert (numbers.epochs, numbers.batch_size, list(numbers.auto)) == (25, 4, [])
+    assert (numbers.epochs, numbers.batch_size, list(numbers.auto)) == (3, 4, [])
     assert numbers.learning_rate > 0
     first, *rest = list(daemon.watch(job.id))
     assert first.HasField("state_changed")
     told = [event.log_emitted.message for event in rest[:3]]
-    assert told[0].startswith("auto: 25 epochs of ")
+    assert told[0].startswith("auto: 3 epochs of ")
     assert told[1].startswith("auto: a batch of 4, ")
     assert told[2].startswith(f"auto: a learning rate of {numbers.learning_rate:g}, ")
     again = JobSpec()
