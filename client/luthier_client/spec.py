@@ -1,8 +1,9 @@
 """Job files: YAML (or JSON) to JobSpec, and `--set` on top.
 
 Everything is driven by the descriptors of the contract: field names in snake_case (or proto JSON's camelCase), enums by
-their short names, numbers by the field's own type, so `1e-4` is a number although YAML 1.1 reads it as a string. All
-mistakes of a file are reported at once, each with its line and the nearest name.
+their short names, numbers by the field's own type, so `1e-4` is a number although YAML 1.1 reads it as a string, and
+`auto` where the server's rules can decide a number. All mistakes of a file are reported at once, each with its line and
+the nearest name.
 """
 
 import difflib
@@ -14,8 +15,8 @@ from typing import Any
 import yaml
 from google.protobuf.descriptor import Descriptor, FieldDescriptor
 
-from luthier.v1.job_pb2 import JobSpec
-from luthier_client import enums
+from luthier.v1.job_pb2 import Hyperparameters, JobSpec
+from luthier_client import auto, enums
 from luthier_client.errors import SpecFileError
 
 _INTEGERS = {
@@ -60,7 +61,8 @@ def spec_fields(message: Any) -> dict[str, Any]:
         if is_map(field):
             fields[field.name] = dict(value)
         elif field.is_repeated:
-            fields[field.name] = list(value)
+            enum = field.enum_type
+            fields[field.name] = [each if enum is None else enums.short(enum, each) for each in value]
         elif field.message_type is not None:
             fields[field.name] = spec_fields(value)
         elif field.enum_type is not None:
@@ -155,6 +157,8 @@ class _Reading:
                 self._scalar(item, field, path, getattr(message, field.name).append)
         elif field.message_type is not None:
             self.message(node, getattr(message, field.name), path)
+        elif auto.may_be_auto(field) and node.value == auto.AUTO:
+            auto.leave_to_rule(message, field.name)
         else:
             self._scalar(node, field, path, lambda value: setattr(message, field.name, value))
 
@@ -206,8 +210,13 @@ def _assign(spec: JobSpec, path: str, text: str, lists: set[str]) -> None:
             if text not in ("", "{}"):
                 raise ValueError(f"{path} has fields of its own: set one of those, or write {part}= to choose it")
             getattr(message, part).SetInParent()
+        elif auto.may_be_auto(field) and text == auto.AUTO:
+            auto.leave_to_rule(message, part)
         else:
-            setattr(message, part, _value(field, text))
+            value = _value(field, text)
+            if isinstance(message, Hyperparameters):
+                auto.make_way(message, part)
+            setattr(message, part, value)
 
 
 def _items(text: str) -> list[str]:

@@ -11,8 +11,9 @@ from pathlib import Path
 
 import structlog
 
+from luthier.v1.event_pb2 import LogEmitted, LogLevel
 from luthier.v1.job_pb2 import JobError, JobSpec, JobState, Progress
-from luthier_server import failpoints
+from luthier_server import auto, failpoints
 from luthier_server import spec as specs
 from luthier_server.change import Change
 from luthier_server.datasets import Datasets
@@ -91,7 +92,7 @@ class Jobs:
         if request_id and (earlier := await self._rows.by_request(tenant, request_id)):
             return _same_request(*earlier, body, request_id)
         specs.refuse(list(specs.cross_violations(spec)))
-        resolved, dataset_ids = await self._resolve(tenant, spec)
+        resolved, dataset_ids, reasons = await self._resolve(tenant, spec)
         source = await self._origin(tenant, resolved)
         now = self._clock()
         job = Job(
@@ -140,6 +141,8 @@ class Jobs:
                 transaction.after_commit(self.to_validate.set)
             else:
                 change.move(QUEUED, "SUBMITTED", "waits for a free slot")
+            for reason in reasons:
+                change.emit(LogEmitted(level=LogLevel.LOG_LEVEL_INFO, message=reason))
             return await change.commit(transaction, self._hub, self.changed.set)
 
         try:
@@ -151,7 +154,8 @@ class Jobs:
                 raise
             return _same_request(*earlier, body, request_id)
 
-    async def _resolve(self, tenant: str, spec: JobSpec) -> tuple[JobSpec, list[str]]:
+    async def _resolve(self, tenant: str, spec: JobSpec) -> tuple[JobSpec, list[str], list[str]]:
+        """(the spec with every number, the ids of its datasets, why rules decided numbers as they did)."""
         task = spec.fine_tune
         training = await self._datasets.find(tenant, task.training_dataset)
         found = [training]
@@ -177,13 +181,14 @@ class Jobs:
         if task.validation_fraction and int(training.row_count * task.validation_fraction) >= training.row_count:
             violations.append(Violation("spec.fine_tune.validation_fraction", "leaves no row to train on"))
         specs.refuse(violations)
+        decided, reasons = auto.decided(spec, rows=training.row_count, base=base)
         resolved = specs.resolved(
-            spec, rows=training.row_count, max_positions=base.max_positions, row_format=training.format
+            decided, rows=training.row_count, max_positions=base.max_positions, row_format=training.format
         )
         resolved.fine_tune.training_dataset = training.id
         if validation is not None:
             resolved.fine_tune.validation_dataset = validation.id
-        return resolved, [each.id for each in found]
+        return resolved, [each.id for each in found], reasons
 
     async def _origin(self, tenant: str, resolved: JobSpec) -> Checkpoint | None:
         """The checkpoint that a new job goes on from, or None. Raises InvalidArgument where the job would differ."""

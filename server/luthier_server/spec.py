@@ -5,13 +5,15 @@ Rules on one field stand in the proto (protovalidate); rules between fields stan
 
 import difflib
 import math
-from collections.abc import Iterable, Iterator, Sequence
+from collections.abc import Iterable, Iterator, Mapping, Sequence
+from typing import Literal
 
 import protovalidate
 from google.protobuf.message import Message
 
 from luthier.v1.dataset_pb2 import DatasetFormat
 from luthier.v1.job_pb2 import (
+    AutoHyperparameter,
     EarlyStopping,
     Evaluation,
     EvaluationMetric,
@@ -88,6 +90,7 @@ def cross_violations(spec: JobSpec) -> Iterator[Violation]:
         yield Violation(f"{path}.decay_ratio", "is a setting of lr_scheduler warmup_stable_decay alone")
     if numbers.min_learning_rate_ratio and numbers.lr_scheduler == LrScheduler.LR_SCHEDULER_CONSTANT:
         yield Violation(f"{path}.min_learning_rate_ratio", "has no meaning where the learning rate is constant")
+    yield from _rate_violations(numbers, path)
     parts = _micro(numbers)
     if parts and numbers.HasField("batch_size") and numbers.batch_size != parts:
         yield Violation(
@@ -120,6 +123,34 @@ def cross_violations(spec: JobSpec) -> Iterator[Violation]:
                 yield Violation(
                     f"spec.fine_tune.{field}", "needs evaluations: set validation_dataset or validation_fraction"
                 )
+
+
+_AutoField = Literal[
+    "epochs", "batch_size", "per_device_train_batch_size", "gradient_accumulation_steps", "learning_rate"
+]
+_AUTO_FIELDS: Mapping[AutoHyperparameter.ValueType, Sequence[_AutoField]] = {
+    AutoHyperparameter.AUTO_HYPERPARAMETER_EPOCHS: ("epochs",),
+    AutoHyperparameter.AUTO_HYPERPARAMETER_BATCH_SIZE: (
+        "batch_size",
+        "per_device_train_batch_size",
+        "gradient_accumulation_steps",
+    ),
+    AutoHyperparameter.AUTO_HYPERPARAMETER_LEARNING_RATE: ("learning_rate",),
+}
+
+
+def _rate_violations(numbers: Hyperparameters, path: str) -> Iterator[Violation]:
+    """Numbers that are given although a rule or a range test is to decide them."""
+    for auto in numbers.auto:
+        for field in _AUTO_FIELDS[auto]:
+            if numbers.HasField(field):
+                yield Violation(f"{path}.{field}", "give a number or let `auto` decide it, not both")
+    if not numbers.find_learning_rate:
+        return
+    if numbers.HasField("learning_rate"):
+        yield Violation(f"{path}.learning_rate", "give a number or find_learning_rate, not both")
+    if AutoHyperparameter.AUTO_HYPERPARAMETER_LEARNING_RATE in numbers.auto:
+        yield Violation(f"{path}.find_learning_rate", "choose find_learning_rate or `auto`, not both")
 
 
 def tokenization_violations(tokenization: Tokenization, path: str) -> Iterator[Violation]:
@@ -256,7 +287,9 @@ def _resolve_hyperparameters(task: FineTuneTask, max_positions: int) -> None:
     _default(numbers, "batch_size", _micro(numbers) or 16)
     numbers.ClearField("per_device_train_batch_size")
     numbers.ClearField("gradient_accumulation_steps")
-    _default(numbers, "learning_rate", 2e-5 if task.HasField("full") else 2e-4)
+    _default(numbers, "find_learning_rate", False)
+    if not numbers.find_learning_rate:
+        _default(numbers, "learning_rate", default_learning_rate(task))
     _default(numbers, "weight_decay", 0.0)
     if numbers.lr_scheduler == LrScheduler.LR_SCHEDULER_UNSPECIFIED:
         numbers.lr_scheduler = LrScheduler.LR_SCHEDULER_COSINE
@@ -284,6 +317,11 @@ def _resolve_hyperparameters(task: FineTuneTask, max_positions: int) -> None:
     _default(numbers, "neftune_alpha", 0.0)
 
 
+def default_learning_rate(task: FineTuneTask) -> float:
+    """The peak learning rate where nobody says anything about it."""
+    return 2e-5 if task.HasField("full") else 2e-4
+
+
 def _resolve_tokenization(tokenization: Tokenization, row_format: DatasetFormat.ValueType) -> None:
     text = row_format == DatasetFormat.DATASET_FORMAT_TEXT
     if tokenization.train_on == TrainOn.TRAIN_ON_UNSPECIFIED and not tokenization.response_template:
@@ -292,11 +330,15 @@ def _resolve_tokenization(tokenization: Tokenization, row_format: DatasetFormat.
         tokenization.overlong = Overlong.OVERLONG_SPLIT if text else Overlong.OVERLONG_TRUNCATE
 
 
+def training_rows(task: FineTuneTask, rows: int) -> int:
+    """Those of so many rows that are trained on."""
+    return rows - (max(1, int(rows * task.validation_fraction)) if task.validation_fraction else 0)
+
+
 def steps(task: FineTuneTask, rows: int) -> int:
     """Optimizer steps of a resolved task on so many rows."""
     numbers = task.hyperparameters
-    held_out = max(1, int(rows * task.validation_fraction)) if task.validation_fraction else 0
-    an_epoch = max(1, math.ceil((rows - held_out) / numbers.batch_size))
+    an_epoch = max(1, math.ceil(training_rows(task, rows) / numbers.batch_size))
     by_epochs = math.ceil(an_epoch * numbers.epochs) if numbers.HasField("epochs") else None
     by_limit = numbers.max_steps if numbers.HasField("max_steps") else None
     return min(each for each in (by_epochs, by_limit) if each is not None)

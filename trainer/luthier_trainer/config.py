@@ -10,6 +10,9 @@ from luthier.v1 import job_pb2
 from luthier_trainer.errors import TrainingError
 from luthier_trainer.optimizer import AdamSettings
 
+_DEFAULT_RATES = {False: 2e-4, True: 2e-5}
+"""The learning rate where a range test finds none: of LoRA, and of full fine-tuning."""
+
 
 @dataclass(frozen=True)
 class LoraSettings:
@@ -39,11 +42,12 @@ class Judging:
 class Settings:
     """A fine-tuning job, every number decided but those that need the data: `every_*` of None mean never, `epochs` and
     `max_steps` of None no limit (never both), `checkpoint_every` of None a tenth of all steps, `train_last_layers` of 0
-    everything, `neftune_alpha` of 0 no noise."""
+    everything, `neftune_alpha` of 0 no noise. With `find_rate` a range test looks for a better `peak_rate`."""
 
     seed: int
     batch_size: int
     peak_rate: float
+    find_rate: bool
     scheduler: job_pb2.LrScheduler.ValueType
     warmup_steps: int | None
     warmup_ratio: float | None
@@ -136,8 +140,10 @@ def read_settings(task: TrainerTask) -> Settings:
     _required(task.spec, "fine_tune")
     spec = task.spec.fine_tune
     numbers = spec.hyperparameters
-    for field in ("batch_size", "learning_rate", "max_length", "seed", "log_every"):
+    for field in ("batch_size", "max_length", "seed", "log_every"):
         _required(numbers, field)
+    if not numbers.find_learning_rate:
+        _required(numbers, "learning_rate")
     if not numbers.HasField("epochs") and not numbers.HasField("max_steps"):
         _required(numbers, "epochs")
     full = spec.WhichOneof("adaptation") == "full"
@@ -147,7 +153,8 @@ def read_settings(task: TrainerTask) -> Settings:
     return Settings(
         seed=numbers.seed,
         batch_size=numbers.batch_size,
-        peak_rate=numbers.learning_rate,
+        peak_rate=numbers.learning_rate if numbers.HasField("learning_rate") else _DEFAULT_RATES[full],
+        find_rate=numbers.find_learning_rate,
         scheduler=numbers.lr_scheduler,
         warmup_steps=numbers.warmup_steps if numbers.HasField("warmup_steps") else None,
         warmup_ratio=numbers.warmup_ratio if numbers.HasField("warmup_ratio") else None,

@@ -44,6 +44,8 @@ def _line(payload: Payload) -> str:
         )
     if isinstance(payload, event_pb2.SamplesGenerated):
         return "\n".join(f"  {each.prompt!r} -> {each.completion!r}" for each in payload.samples)
+    if isinstance(payload, event_pb2.LearningRateFound):
+        return f"learning rate {payload.learning_rate:.2e}: {payload.rule}"
     if isinstance(payload, event_pb2.CheckpointSaved):
         return f"checkpoint {payload.directory} saved"
     if isinstance(payload, event_pb2.LogEmitted):

@@ -41,10 +41,11 @@ class Carried:
     left_out: frozenset[int]
     budget: int
     counters: Counters
+    found_rate: float | None
 
     def hand_to(self, job: Job) -> None:
         """Makes a job that was just set up go on in silence up to what was told."""
-        job.told, job.left_out = self.told, self.left_out
+        job.told, job.left_out, job.found_rate = self.told, self.left_out, self.found_rate
         job.batches = dataclasses.replace(job.batches, budget=self.budget)
         job.counters.computed_tokens = self.counters.computed_tokens
         job.counters.seconds = self.counters.seconds
@@ -90,7 +91,7 @@ def roll_back(job: Job) -> Carried:
         f" ({name or 'from scratch'}), and step {step} will be made without its update",
     )
     told = max(job.told, counters.step)
-    return Carried(told, job.left_out | {step}, job.batches.budget, counters)
+    return Carried(told, job.left_out | {step}, job.batches.budget, counters, job.found_rate)
 
 
 def _refuse_a_second(job: Job, step: int, what: str) -> None:

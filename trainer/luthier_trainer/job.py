@@ -46,7 +46,7 @@ class Job:
     checkpoint said that was taken up. Of the steps up to `told` everything was reported, -1 for nothing at all, and
     those of `left_out` are made without an update: see `divergence`. `untold` is the newest step's report when
     `log_every` kept it back; `holds` is the step of the weights once the best ones were taken, None for those of
-    the last step."""
+    the last step; `found_rate` the learning rate that a range test found, None without one."""
 
     task: TrainerTask
     settings: Settings
@@ -78,16 +78,22 @@ class Job:
     untold: event_pb2.StepCompleted | None = None
     holds: int | None = None
     left_out: frozenset[int] = frozenset()
+    found_rate: float | None = None
 
     @property
     def epoch(self) -> float:
         """Epochs done, with the fraction of the current one."""
         return self.counters.step / self.order.steps_per_epoch
 
+    @property
+    def peak_rate(self) -> float:
+        """The peak learning rate that the job trains with."""
+        return self.settings.peak_rate if self.found_rate is None else self.found_rate
+
     def state(self) -> State:
         """What a checkpoint notes, but for the loss of the next batch."""
         rows = _identity(self.task, self.rows, self.order)
-        return State(self.task.job_id, self.counters, self.resumed_plan(), rows)
+        return State(self.task.job_id, self.counters, self.resumed_plan(), rows, found_rate=self.found_rate)
 
     def resumed_plan(self) -> ResumedPlan:
         """What a continuation must share."""
@@ -114,7 +120,9 @@ class Job:
             target_modules=self.trained.target_modules,
             threads=self.compute.threads,
             truncated_rows=self.rows.truncated,
-            notes=self.notes,
+            notes=self.notes
+            if self.found_rate is None
+            else [*self.notes, f"learning rate {self.found_rate:g}, by a range test"],
             peak_flops=self.peak_flops,
         )
 
@@ -204,6 +212,7 @@ def set_up(task: TrainerTask, settings: Settings, places: Places, reporter: Repo
         counters=resumed.counters if resumed else Counters(),
         saved=(resumed.counters.step, places.resume_from.name) if resumed and places.resume_from else (0, ""),
         resumed=resumed,
+        found_rate=resumed.found_rate if resumed and settings.find_rate else None,
     )
     job.counters.computed_tokens = max(job.counters.computed_tokens, task.computed_tokens)
     if resumed and places.resume_from:

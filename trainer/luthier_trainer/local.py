@@ -32,6 +32,24 @@ _DTYPES = {
     "float32": job_pb2.DTYPE_FLOAT32,
     "bfloat16": job_pb2.DTYPE_BFLOAT16,
 }
+_INITS = {
+    "kaiming": job_pb2.LORA_INIT_KAIMING,
+    "gaussian": job_pb2.LORA_INIT_GAUSSIAN,
+    "orthogonal": job_pb2.LORA_INIT_ORTHOGONAL,
+}
+_QUANTIZATIONS = {
+    "none": job_pb2.LORA_QUANTIZATION_NONE,
+    "nf4": job_pb2.LORA_QUANTIZATION_NF4,
+    "int8": job_pb2.LORA_QUANTIZATION_INT8,
+}
+_METRICS = {
+    "loss": job_pb2.EVALUATION_METRIC_LOSS,
+    "token_accuracy": job_pb2.EVALUATION_METRIC_TOKEN_ACCURACY,
+}
+_SAMPLES_AT = {
+    "ends": job_pb2.SAMPLES_AT_ENDS,
+    "each_evaluation": job_pb2.SAMPLES_AT_EACH_EVALUATION,
+}
 _TRAIN_ON = {
     "assistant": tokenization_pb2.TRAIN_ON_ASSISTANT,
     "last_turn": tokenization_pb2.TRAIN_ON_LAST_TURN,
@@ -68,14 +86,25 @@ def fine_tune(
     dropout: float = 0.0,
     target_modules: Sequence[str] = ("all-linear",),
     modules_to_save: Sequence[str] = (),
+    use_rslora: bool = False,
+    use_dora: bool = False,
+    init: Literal["kaiming", "gaussian", "orthogonal"] = "kaiming",
+    lora_plus_ratio: float = 1.0,
+    quantization: Literal["none", "nf4", "int8"] = "none",
+    train_last_layers: int = 0,
     epochs: float | None = None,
     max_steps: int | None = None,
     batch_size: int = 16,
     learning_rate: float | None = None,
+    find_learning_rate: bool = False,
     lr_scheduler: Literal["cosine", "linear", "constant", "warmup_stable_decay"] = "cosine",
     warmup_ratio: float = 0.03,
+    decay_ratio: float = 0.1,
+    min_learning_rate_ratio: float = 0.0,
     weight_decay: float = 0.0,
     max_grad_norm: float = 1.0,
+    label_smoothing: float = 0.0,
+    neftune_alpha: float = 0.0,
     max_length: int = 1024,
     overlong: Literal["truncate", "drop", "split", "error"] | None = None,
     train_on: Literal["assistant", "last_turn", "all_tokens"] | None = None,
@@ -84,8 +113,14 @@ def fine_tune(
     columns: Mapping[str, str] | None = None,
     seed: int = 0,
     dtype: Literal["auto", "float32", "bfloat16"] = "auto",
+    evaluate_every_steps: int | None = None,
+    early_stopping_patience: int | None = None,
+    early_stopping_min_delta: float = 0.0,
+    early_stopping_metric: Literal["loss", "token_accuracy"] = "loss",
+    keep_best: bool = False,
     sample_prompts: Sequence[str] = (),
     sample_max_tokens: int = 128,
+    samples_at: Literal["ends", "each_evaluation"] = "ends",
     progress: bool | None = None,
     reporter: Reporter | None = None,
 ) -> FineTuned:
@@ -97,10 +132,20 @@ def fine_tune(
     rows over `max_length` are cut, and texts split. `chat_template` is the name of one that Luthier brings (`chatml`),
     or the template itself; `columns` maps the field that a format has (`prompt`) to the column that holds it
     (`question`).
+    `find_learning_rate` looks for the rate by a range test before the first step, in place of `learning_rate`.
+    The other options are the fields of a job with the same names, which `docs/fine-tuning.md` explains. Evaluations are
+    made every epoch or every `evaluate_every_steps`; `early_stopping_patience` of them in a row without improvement end
+    training, and with `keep_best` the best one's weights are the model.
     `progress` writes lines to standard error, by default when that is a terminal; `reporter` takes the reports instead.
 
-    Raises TrainingError, and FileExistsError when `out` is there already.
+    Raises TrainingError, FileExistsError when `out` is there already, and ValueError for options that exclude each
+    other.
     """
+    if find_learning_rate and learning_rate is not None:
+        raise ValueError("give learning_rate or find_learning_rate, not both")
+    judged = keep_best or early_stopping_patience is not None or samples_at == "each_evaluation"
+    if (judged or evaluate_every_steps is not None) and validation is None and not validation_fraction:
+        raise ValueError("evaluations need data: give validation or validation_fraction")
     let_waiting_threads_sleep()
     target = Path(out).absolute()
     if target.exists():
@@ -113,10 +158,13 @@ def fine_tune(
         sft=job_pb2.Sft(),
         hyperparameters=job_pb2.Hyperparameters(
             batch_size=batch_size,
-            learning_rate=learning_rate or (2e-5 if adaptation == "full" else 2e-4),
+            learning_rate=None if find_learning_rate else learning_rate or (2e-5 if adaptation == "full" else 2e-4),
+            find_learning_rate=find_learning_rate,
             weight_decay=weight_decay,
             lr_scheduler=_SCHEDULERS[lr_scheduler],
             warmup_ratio=warmup_ratio,
+            decay_ratio=decay_ratio if lr_scheduler == "warmup_stable_decay" else None,
+            min_learning_rate_ratio=min_learning_rate_ratio,
             max_grad_norm=max_grad_norm,
             epochs=3.0 if epochs is None and max_steps is None else epochs,
             max_steps=max_steps,
@@ -128,12 +176,27 @@ def fine_tune(
             adam_beta1=0.9,
             adam_beta2=0.999,
             adam_epsilon=1e-8,
+            label_smoothing=label_smoothing,
+            neftune_alpha=neftune_alpha,
         ),
-        evaluation=job_pb2.Evaluation(sample_prompts=sample_prompts, sample_max_tokens=sample_max_tokens),
-        checkpoints=job_pb2.Checkpoints(keep=1),
+        evaluation=job_pb2.Evaluation(
+            every_steps=evaluate_every_steps,
+            sample_prompts=sample_prompts,
+            sample_max_tokens=sample_max_tokens,
+            samples_at=_SAMPLES_AT[samples_at],
+        ),
+        checkpoints=job_pb2.Checkpoints(keep=1, keep_best=keep_best),
     )
+    if early_stopping_patience is not None:
+        spec.evaluation.early_stopping.CopyFrom(
+            job_pb2.EarlyStopping(
+                patience=early_stopping_patience,
+                min_delta=early_stopping_min_delta,
+                metric=_METRICS[early_stopping_metric],
+            )
+        )
     if adaptation == "full":
-        spec.full.SetInParent()
+        spec.full.train_last_layers = train_last_layers
     else:
         spec.lora.CopyFrom(
             job_pb2.Lora(
@@ -142,6 +205,11 @@ def fine_tune(
                 dropout=dropout,
                 target_modules=target_modules,
                 modules_to_save=modules_to_save,
+                use_rslora=use_rslora,
+                use_dora=use_dora,
+                init=_INITS[init],
+                lora_plus_ratio=lora_plus_ratio,
+                quantization=_QUANTIZATIONS[quantization],
             )
         )
     if reporter is None:

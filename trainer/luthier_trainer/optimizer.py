@@ -80,7 +80,9 @@ class Optimizer:
         return result
 
     def load(self, state: dict[str, torch.Tensor]) -> None:
-        """Takes up a `state()`. Raises KeyError when a trained weight is missing in it."""
+        """Takes up a `state()`; an empty one is that before the first step. Raises KeyError when a trained weight is
+        missing in it."""
+        self._adam.state.clear()
         if not state:
             return
         moments = {moment: torch.empty_like(self._masters.values) for moment in _MOMENTS}

@@ -17,6 +17,7 @@ Payload = (
     | event_pb2.CheckpointSaved
     | event_pb2.LogEmitted
     | event_pb2.ResumeChecked
+    | event_pb2.LearningRateFound
     | report_pb2.Heartbeat
     | report_pb2.Finished
     | report_pb2.Failed

@@ -55,6 +55,7 @@ def _lineage(job: Job, metrics: dict[str, float]) -> dict[str, object]:
         "tokenization": MessageToDict(job.rows.report.tokenization, preserving_proto_field_name=True),
         "mask_method": job.rows.report.mask_method,
         "seed": job.settings.seed,
+        "learning_rate": job.peak_rate,
         "steps": job.counters.step,
         "trained_tokens": job.counters.trained_tokens,
         "computed_tokens": job.counters.computed_tokens,

@@ -1,7 +1,6 @@
 """Supervised fine-tuning: the story of a job, from a task to a model, top to bottom."""
 
 import dataclasses
-import hashlib
 import math
 from collections.abc import Sequence
 from pathlib import Path
@@ -11,7 +10,7 @@ import torch
 from luthier.trainer.v1.report_pb2 import Finished, Stopped
 from luthier.trainer.v1.task_pb2 import TrainerTask
 from luthier.v1 import event_pb2
-from luthier_trainer import best, checkpoint, recheck
+from luthier_trainer import best, checkpoint, rate_finder, recheck
 from luthier_trainer.config import read_places, read_settings
 from luthier_trainer.control import Control
 from luthier_trainer.divergence import Carried, Diverged, leave_out, leave_out_empty, roll_back
@@ -26,6 +25,7 @@ from luthier_trainer.save import save_model
 from luthier_trainer.schedule import decay_steps, learning_rate
 from luthier_trainer.state import step_of, verified_state
 from luthier_trainer.stop import Check, StopRequested, check_of
+from luthier_trainer.streams import step_seed
 
 _SMALLEST_BUDGET = 64
 _OUT_OF_MEMORY_TEXTS = ("can't allocate memory", "not enough memory", "out of memory")
@@ -49,6 +49,7 @@ def train(task: TrainerTask, reporter: Reporter, control: Control) -> Finished |
             if carried is None:
                 best.take_up(job)
                 _introduce(job)
+                rate_finder.find(job, _accumulate, check)
             else:
                 carried.hand_to(job)
             _train(job, check)
@@ -148,7 +149,7 @@ def _make_step(job: Job, check: Check) -> None:
     examples = [example for index in rows for example in job.rows.examples(int(index))]
     loss, tokens = _accumulate(job, examples, check)
     rate = learning_rate(
-        settings.peak_rate,
+        job.peak_rate,
         settings.scheduler,
         counters.step,
         warmup=job.warmup,
@@ -205,7 +206,7 @@ def _accumulate(job: Job, examples: Sequence[Example], check: Check) -> tuple[fl
 
 def _accumulate_once(job: Job, examples: Sequence[Example], check: Check) -> tuple[float, int]:
     job.masters.zero_gradients()
-    stream = _stream(job.settings.seed, job.counters.step)
+    stream = step_seed(job.settings.seed, job.counters.step)
     torch.manual_seed(stream)
     share = 1.0 / scored_tokens(examples)
     loss = torch.zeros((), dtype=torch.float64, device=job.compute.device)
@@ -229,12 +230,6 @@ def _can_halve(job: Job, examples: Sequence[Example], error: RuntimeError | Memo
         return False
     several = any(len(batch.lengths) > 1 for batch in job.batches.of(examples))
     return several and job.batches.budget // 2 >= _SMALLEST_BUDGET
-
-
-def _stream(seed: int, step: int) -> int:
-    """The seed of what is random in a step: dropout draws the same after a resume, and whatever ran between two
-    steps."""
-    return int.from_bytes(hashlib.sha256(f"luthier {seed} {step}".encode()).digest()[:8], "little") >> 1
 
 
 def _evaluation_is_due(job: Job) -> bool:

@@ -53,7 +53,8 @@ class ResumedPlan:
 class State:
     """What `state.json` holds. `rows` identifies the training rows and their order; a continuation on other rows would
     be another job. `next_loss` is what `recheck` computes anew after a resume from at most `next_loss_tokens` tokens,
-    None when nothing was noted; `environment` names the processor and the libraries it was computed with."""
+    None when nothing was noted; `environment` names the processor and the libraries it was computed with. `found_rate`
+    is the learning rate that a range test found, None without one: a continuation does not look for it again."""
 
     job_id: str
     counters: Counters
@@ -62,6 +63,7 @@ class State:
     next_loss: float | None = None
     next_loss_tokens: int = 0
     environment: dict[str, str] = dataclasses.field(default_factory=dict)
+    found_rate: float | None = None
 
 
 def write_state(directory: Path, state: State) -> None:

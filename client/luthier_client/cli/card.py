@@ -80,6 +80,8 @@ def _rows(picture: JobPicture) -> list[tuple[str, str]]:
                 f"(accuracy {first.token_accuracy:.1%} {arrow} {final.token_accuracy:.1%})",
             )
         )
+    if picture.found_rate is not None:
+        rows.append(("rate", f"{picture.found_rate.learning_rate:.2e}, found by a range test"))
     if seconds := picture.seconds():
         attempts = f", {picture.attempt} attempts" if picture.attempt > 1 else ""
         rows.append(("time", output.duration(seconds) + attempts))

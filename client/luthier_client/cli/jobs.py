@@ -7,6 +7,7 @@ import click
 
 from luthier_client.cli.checkpoints import checkpoints
 from luthier_client.cli.lazy import Command, settings
+from luthier_client.cli.numbers import number_options, number_settings
 from luthier_client.cli.rest import delete, pause, resume, told
 from luthier_client.cli.tokenization import apply_tokenization, tokenization_fields, tokenization_options
 
@@ -29,6 +30,8 @@ def job() -> None:
     cls=Command,
     examples="""luthier job create -f job.yaml --watch
     luthier job create -f job.yaml --set lora.rank=16 --set learning_rate=1e-4
+    luthier job create -f job.yaml --find-lr --watch
+    luthier job create -f job.yaml --epochs auto --batch-size auto --learning-rate auto
     luthier job create -f job.yaml --resume-from @latest:step-200
     luthier job create -f job.yaml --validate-only""",
 )
@@ -36,6 +39,7 @@ def job() -> None:
     "-f", "--file", required=True, type=click.Path(allow_dash=True), help="A job as YAML or JSON; - is stdin."
 )
 @click.option("--set", "assignments", metavar="KEY=VALUE", multiple=True, help="Set a field; KEY may be shortened.")
+@number_options
 @tokenization_options
 @click.option("--resume-from", metavar="JOB:step-N", help="Go on from a checkpoint of another job.")
 @click.option("--watch", is_flag=True, help="Watch the job to its end.")
@@ -49,6 +53,10 @@ def create(
     resume_from: str | None,
     watch: bool,
     validate_only: bool,
+    epochs: str | None,
+    batch_size: str | None,
+    learning_rate: str | None,
+    find_lr: bool,
     **flags: str | None,
 ) -> None:
     """Create a job from a file."""
@@ -58,7 +66,8 @@ def create(
     from luthier_client.spec import apply_settings, load_spec, parse_spec
 
     spec = parse_spec(sys.stdin.read(), "stdin") if file == "-" else load_spec(file)
-    apply_settings(spec, assignments)
+    numbers = {"epochs": epochs, "batch_size": batch_size, "learning_rate": learning_rate}
+    apply_settings(spec, [*assignments, *number_settings(numbers, find_lr)])
     apply_tokenization(spec, tokenization_fields(**flags))
     chosen = settings(ctx)
     with connect(chosen) as client:

@@ -4,7 +4,7 @@ import time
 from collections.abc import Callable
 from datetime import datetime
 
-from luthier.v1.event_pb2 import AttemptStarted, JobEvent, LogLevel, Phase, ResumeChecked
+from luthier.v1.event_pb2 import AttemptStarted, JobEvent, LearningRateFound, LogLevel, Phase, ResumeChecked
 from luthier.v1.job_pb2 import JobState
 from luthier_client import enums
 from luthier_client.cli import output, reports
@@ -81,7 +81,9 @@ def describe(event: JobEvent, picture: JobPicture) -> str | None:
     if kind == "phase_progressed":
         phase = event.phase_progressed
         done = f" {phase.completed:,}/{phase.total:,} {phase.unit}" if phase.total and phase.completed else ""
-        return output.clean(enums.short(Phase.DESCRIPTOR, phase.phase) + done)
+        return output.clean(enums.short(Phase.DESCRIPTOR, phase.phase).replace("_", " ") + done)
+    if kind == "learning_rate_found":
+        return f"learning rate  {found_rate(event.learning_rate_found)}"
     if kind == "step_completed":
         row = event.step_completed
         eta = picture.eta()
@@ -118,6 +120,11 @@ def resumed(check: ResumeChecked) -> str:
         f"resume NOT verified at step {check.step}  loss {check.recorded_loss:.9g} was saved, "
         f"{check.recomputed_loss:.9g} is computed now: {check.message}"
     )
+
+
+def found_rate(found: LearningRateFound) -> str:
+    """What a range test found, and how."""
+    return output.clean(f"{found.learning_rate:.2e}: {found.rule}")
 
 
 def _attempt(start: AttemptStarted, discarded: int) -> str:

@@ -10,6 +10,7 @@ from rich.style import Style
 from rich.table import Table
 from rich.text import Text
 
+from luthier.v1.event_pb2 import LearningRateFound
 from luthier_client.cli import output, reports
 from luthier_client.cli.lines import resumed
 from luthier_client.cli.picture import JobPicture
@@ -40,6 +41,8 @@ class LiveView:
         picture = self._picture
         yield self._title(width)
         yield self._progress(width)
+        if picture.found_rate is not None:
+            yield self._rate(picture.found_rate, width)
         if (step := picture.step) is not None:
             yield self._loss(width)
             numbers = [
@@ -100,6 +103,18 @@ class LiveView:
         if (eta := picture.eta()) is not None:
             text += f" · ETA {output.duration(eta)}"
         return _bar(done, total, text, width)
+
+    def _rate(self, found: LearningRateFound, width: int) -> Text:
+        """The rate that was found, and the range test's losses over its rates; what exploded is cut off."""
+        text = _labelled("rate", f"{found.learning_rate:.2e}")
+        room = min(_SPARK_WIDTH, width - 36)
+        if len(found.losses) > 1 and room >= 4:
+            first, lowest = found.losses[0], min(found.losses)
+            bars = sparkline([min(loss, 2 * first - lowest) for loss in found.losses], room, self._bars)
+            text.append(f" {found.rates[0]:.0e} ", style="dim")
+            text.append(bars, style="cyan")
+            text.append(f" {found.rates[-1]:.0e}", style="dim")
+        return text
 
     def _loss(self, width: int) -> Text:
         steps = self._picture.metrics.steps

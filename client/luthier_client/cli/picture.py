@@ -9,6 +9,7 @@ from luthier.v1.event_pb2 import (
     LOG_LEVEL_WARNING,
     DatasetsChecked,
     JobEvent,
+    LearningRateFound,
     Phase,
     PhaseProgressed,
     PlanResolved,
@@ -44,6 +45,7 @@ class JobPicture:
         self.resumed: ResumeChecked | None = None
         self.checked: DatasetsChecked | None = None
         self.plan: PlanResolved | None = None
+        self.found_rate: LearningRateFound | None = None
         self.phase: PhaseProgressed | None = None
         self.samples: dict[int, SamplesGenerated] = {}
         self.notice = ""
@@ -108,6 +110,9 @@ class JobPicture:
             self._started = self._started or when
         elif payload == "plan_resolved":
             self.plan = event.plan_resolved
+        elif payload == "learning_rate_found":
+            self.found_rate = event.learning_rate_found
+            self.phase = None
         elif payload == "datasets_checked":
             self.checked = event.datasets_checked
         elif payload == "phase_progressed":
@@ -156,7 +161,7 @@ class JobPicture:
             return f"queued{place}"
         if self.phase is None or self.ended:
             return self.state_name
-        name = enums.short(Phase.DESCRIPTOR, self.phase.phase)
+        name = enums.short(Phase.DESCRIPTOR, self.phase.phase).replace("_", " ")
         if not self.phase.total:
             return name
         return f"{name} {self.phase.completed:,}/{self.phase.total:,} {self.phase.unit}".rstrip()

@@ -6,6 +6,7 @@ from typing import TYPE_CHECKING
 import click
 
 from luthier_client.cli.lazy import Command, Settings, settings
+from luthier_client.cli.numbers import number_options, number_settings
 from luthier_client.cli.tokenization import apply_tokenization, tokenization_fields, tokenization_options
 
 if TYPE_CHECKING:
@@ -17,6 +18,7 @@ if TYPE_CHECKING:
     examples="""luthier train data.jsonl
     luthier train data.jsonl --base Qwen/Qwen2.5-0.5B --epochs 2 --rank 32
     luthier train data.jsonl --validation heldout.jsonl --set sample_prompts='[Hello, Who are you?]'
+    luthier train data.jsonl --epochs auto --batch-size auto --find-lr
     luthier train data.jsonl --epochs 5 --resume-from @latest:step-200
     luthier train cards@3 --set full= --learning-rate 2e-5 --detach""",
 )
@@ -26,10 +28,8 @@ if TYPE_CHECKING:
 )
 @click.option("--validation", metavar="FILE", help="A file or dataset to evaluate on.")
 @click.option("--name", help="A name for the job.")
-@click.option("--epochs", metavar="NUMBER", help="Passes over the rows.")
+@number_options
 @click.option("--max-steps", metavar="NUMBER", help="Optimizer steps at most.")
-@click.option("--batch-size", metavar="NUMBER", help="Examples per optimizer step.")
-@click.option("--learning-rate", metavar="NUMBER", help="Peak learning rate.")
 @click.option("--rank", metavar="NUMBER", help="Rank of the LoRA adapter.")
 @click.option("--max-length", metavar="NUMBER", help="Longest example in tokens.")
 @click.option("--seed", metavar="NUMBER", help="Seed of order, start and dropout.")
@@ -48,6 +48,7 @@ def train(
     resume_from: str | None,
     assignments: tuple[str, ...],
     detach: bool,
+    find_lr: bool,
     chat_template: str | None,
     train_on: str | None,
     response_template: str | None,
@@ -64,8 +65,7 @@ def train(
     chosen = settings(ctx)
     spec = JobSpec(display_name=name or Path(data).name.removesuffix(".jsonl"))
     spec.fine_tune.base_model = base
-    given = [f"{key}={value}" for key, value in flags.items() if value is not None]
-    apply_settings(spec, [*given, *assignments])
+    apply_settings(spec, [*number_settings(flags, find_lr), *assignments])
     apply_tokenization(spec, tokenization_fields(chat_template, train_on, response_template, overlong))
     with connect(chosen) as client:
         spec.fine_tune.training_dataset = _dataset(client, chosen, data)
