@@ -17,7 +17,7 @@ from luthier.v1.datasets_pb2 import (
 from luthier.v1.event_pb2 import PhaseProgressed
 from luthier.v1.job_pb2 import FineTuneTask, JobError, JobSpec
 from luthier_server import spec as specs
-from luthier_server.data_work import DataWork, WorkLimits
+from luthier_server.data_work import DataWork, WorkLimits, WorkProgress
 from luthier_server.datasets import Datasets
 from luthier_server.errors import InvalidArgument, Violation, sentences
 from luthier_server.job import Job
@@ -79,7 +79,7 @@ class Checks:
         wanted = _wanted(request)
         news: asyncio.Queue[TransferProgress | None] = asyncio.Queue()
         checking = asyncio.create_task(
-            self._check(tenant, wanted, training, validation, lambda each: news.put_nowait(_transfer(each)))
+            self._check(tenant, wanted, training, validation, lambda each: news.put_nowait(_transfer(each.progress)))
         )
         checking.add_done_callback(lambda _: news.put_nowait(None))
         try:
@@ -92,7 +92,7 @@ class Checks:
             checking.cancel()
             await asyncio.wait([checking])
 
-    async def check_job(self, job: Job, on_progress: Callable[[PhaseProgressed], None]) -> DataAnswer:
+    async def check_job(self, job: Job, on_progress: Callable[[WorkProgress], None]) -> DataAnswer:
         """What the datasets of a job are for its base model; an answer's error is the job's. Raises as `preview`."""
         spec = job.resolved_spec.fine_tune
         training = await self._datasets.find(job.tenant, spec.training_dataset)
@@ -105,7 +105,7 @@ class Checks:
         wanted: FineTuneTask,
         training: Dataset,
         validation: Dataset | None,
-        on_progress: Callable[[PhaseProgressed], None],
+        on_progress: Callable[[WorkProgress], None],
         *,
         job: Job | None = None,
     ) -> DataAnswer:
