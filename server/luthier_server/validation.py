@@ -136,6 +136,7 @@ class Validation:
 
         self._alongside.add(job.id)
         await self._jobs.decide(job.tenant, job.id, decide)
+        await self._checks.step_aside(job)
 
     async def _fail(self, job: Job, error: JobError) -> None:
         def decide(change: Change) -> None:

@@ -18,8 +18,8 @@ def rows(name: str) -> bytes:
     """Chats of their own for each name."""
     turns = (
         {
-            "prompt": f"What does {name} {number} say? " + "Think about it. " * 10,
-            "completion": f"It says {number}. " * 20,
+            "prompt": f"What does {name} {number} say?",
+            "completion": f"It says {number}. " * 30,
         }
         for number in range(1, COUNT + 1)
     )

@@ -113,10 +113,12 @@ def convert_some(
     """The rows of these (line, record) as `convert` writes them, and what was counted. Raises as `convert`."""
     tally = Tally()
     rows = [_row(line, record, template, options, tally) or _Row(line) for line, record in found]
-    batches: list[pa.RecordBatch] = []
-    for batch, encodings in _ahead(iter([_Batch(rows)]), tokenizer):
-        batches += _tokenised(batch, encodings, tokenizer, template, options, tally)
-    return batches, tally
+    encodings: Future[list[Any]] = Future()
+    try:
+        encodings.set_result(encode([text for row in rows for text in row.rendered], tokenizer))
+    except Exception as error:  # a tokenizer raises what it likes; `_tokenised` knows what it means
+        encodings.set_exception(error)
+    return list(_tokenised(_Batch(rows), encodings, tokenizer, template, options, tally)), tally
 
 
 def progress(reporter: Reporter, completed: int, total: int) -> None:
