@@ -25,6 +25,7 @@ from luthier.v1 import fine_tuning_pb2 as ft
 from luthier.v1.job_pb2 import FineTuneTask, Hyperparameters, Job, JobSpec, JobState
 
 _POLL = 0.002
+_PART = 1024 * 1024
 
 
 def until(condition: Callable[[], Any], seconds: float, what: str) -> Any:
@@ -79,10 +80,15 @@ class Daemon:
         content = "".join(
             json.dumps({"prompt": f"number {seed} {row}", "completion": f"it is {row}"}) + "\n" for row in range(rows)
         )
+        self.upload_file(name, content.encode())
+
+    def upload_file(self, name: str, content: bytes) -> None:
+        """A dataset of these bytes."""
 
         def parts() -> Iterator[ds.UploadDatasetRequest]:
             yield ds.UploadDatasetRequest(metadata=ds.DatasetMetadata(name=name))
-            yield ds.UploadDatasetRequest(chunk=content.encode())
+            for start in range(0, len(content), _PART):
+                yield ds.UploadDatasetRequest(chunk=content[start : start + _PART])
 
         self.datasets.UploadDataset(parts())
 

@@ -156,7 +156,14 @@ def _rounds(contestant: dict[str, Any]) -> str:
 
 def _latency(found: dict[str, Any]) -> str:
     rows = []
-    for name, key in (("warm trainer host", "warm_seconds"), ("cold: the trainer imports torch", "cold_seconds")):
+    for name, key in (
+        ("warm trainer host", "warm_seconds"),
+        ("cold: the trainer imports torch", "cold_seconds"),
+        ("warm, 100 chats, not tokenised yet", "few_rows_seconds"),
+        ("warm, 100,000 chats, not tokenised yet", "many_rows_seconds"),
+    ):
+        if key not in found:
+            continue
         samples = sorted(found[key])
         rows.append((name, f"{median(samples):.2f} s", f"{samples[0]:.2f}", f"{samples[-1]:.2f}", str(len(samples))))
     return (

@@ -1,6 +1,7 @@
 """What a dataset is for a base model: previews, and the check that a job passes before it waits for a device."""
 
 import asyncio
+import contextlib
 import math
 import os
 from collections.abc import AsyncIterator, Callable, Mapping
@@ -17,7 +18,7 @@ from luthier.v1.datasets_pb2 import (
 from luthier.v1.event_pb2 import PhaseProgressed
 from luthier.v1.job_pb2 import FineTuneTask, JobError, JobSpec
 from luthier_server import spec as specs
-from luthier_server.data_work import DataWork, WorkLimits
+from luthier_server.data_work import DataWork, WorkLimits, WorkProgress
 from luthier_server.datasets import Datasets
 from luthier_server.errors import InvalidArgument, Violation, sentences
 from luthier_server.job import Job
@@ -57,7 +58,7 @@ class Checks:
         self._previews = asyncio.Semaphore(_PREVIEWS)
         # A check keeps a core busy: half of them are left to training. Those that people ask for keep no job waiting.
         self._asked = asyncio.Semaphore(max(1, (os.cpu_count() or 1) // 2))
-        self._of_jobs = asyncio.Semaphore(max(1, (os.cpu_count() or 1) // 2))
+        self._of_jobs = _Places(max(1, (os.cpu_count() or 1) // 2))
 
     async def preview(self, tenant: str, request: PreviewDatasetRequest) -> PreviewDatasetResponse:
         """Rows as the model will see them. Raises NotFound, InvalidArgument, WorkFailed, Unavailable."""
@@ -79,7 +80,7 @@ class Checks:
         wanted = _wanted(request)
         news: asyncio.Queue[TransferProgress | None] = asyncio.Queue()
         checking = asyncio.create_task(
-            self._check(tenant, wanted, training, validation, lambda each: news.put_nowait(_transfer(each)))
+            self._check(tenant, wanted, training, validation, lambda each: news.put_nowait(_transfer(each.progress)))
         )
         checking.add_done_callback(lambda _: news.put_nowait(None))
         try:
@@ -92,12 +93,16 @@ class Checks:
             checking.cancel()
             await asyncio.wait([checking])
 
-    async def check_job(self, job: Job, on_progress: Callable[[PhaseProgressed], None]) -> DataAnswer:
+    async def check_job(self, job: Job, on_progress: Callable[[WorkProgress], None]) -> DataAnswer:
         """What the datasets of a job are for its base model; an answer's error is the job's. Raises as `preview`."""
         spec = job.resolved_spec.fine_tune
         training = await self._datasets.find(job.tenant, spec.training_dataset)
         validation = await self._datasets.find(job.tenant, spec.validation_dataset) if spec.validation_dataset else None
         return await self._check(job.tenant, spec, training, validation, on_progress, job=job)
+
+    async def step_aside(self, job: Job) -> None:
+        """Lets the check of another job begin, where it can, though that of this one goes on."""
+        await self._of_jobs.step_aside(job.id)
 
     async def _check(
         self,
@@ -105,7 +110,7 @@ class Checks:
         wanted: FineTuneTask,
         training: Dataset,
         validation: Dataset | None,
-        on_progress: Callable[[PhaseProgressed], None],
+        on_progress: Callable[[WorkProgress], None],
         *,
         job: Job | None = None,
     ) -> DataAnswer:
@@ -113,7 +118,7 @@ class Checks:
         task.check.CopyFrom(CheckWork())
         task.job_id = job.id if job is not None else ""
         secrets = self._secrets.for_task(wanted)
-        async with self._asked if job is None else self._of_jobs:
+        async with self._asked if job is None else self._of_jobs.place(job.id):
             answer = await self._work.run(task, secrets, silence=self._limits.silence, on_progress=on_progress)
         if answer.HasField("check"):
             await self._complete(tenant, task.spec, answer.check, training, validation)
@@ -167,6 +172,32 @@ class Checks:
         if validation is not None:
             task.validation_dataset.CopyFrom(dataset_source(self._datasets, validation))
         return task
+
+
+class _Places:
+    """As many places for checks that jobs wait for, and as many for those that no job waits for any more."""
+
+    def __init__(self, count: int) -> None:
+        self._waited_for = asyncio.Semaphore(count)
+        self._aside = asyncio.Semaphore(count)
+        self._held: dict[str, asyncio.Semaphore] = {}
+
+    @contextlib.asynccontextmanager
+    async def place(self, job_id: str) -> AsyncIterator[None]:
+        """Waits for a place, and holds one."""
+        await self._waited_for.acquire()
+        self._held[job_id] = self._waited_for
+        try:
+            yield
+        finally:
+            self._held.pop(job_id).release()
+
+    async def step_aside(self, job_id: str) -> None:
+        """Changes the kind of place, where one is free."""
+        if self._held.get(job_id) is self._waited_for and not self._aside.locked():
+            await self._aside.acquire()  # at once
+            self._held[job_id] = self._aside
+            self._waited_for.release()
 
 
 def _wanted(request: PreviewDatasetRequest | CheckDatasetRequest) -> FineTuneTask:

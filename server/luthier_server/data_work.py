@@ -21,7 +21,7 @@ from google.protobuf.message import DecodeError
 from luthier.trainer import attempt as files
 from luthier.trainer.v1.report_pb2 import TrainerReport
 from luthier.trainer.v1.task_pb2 import DataAnswer, TrainerExit, TrainerTask
-from luthier.v1.event_pb2 import PhaseProgressed
+from luthier.v1.event_pb2 import LogLevel, PhaseProgressed
 from luthier_server.errors import Exhausted, Unavailable
 from luthier_server.executors.base import Executor, ExecutorError
 from luthier_server.uploads import storage_errors
@@ -38,6 +38,14 @@ class WorkLimits:
 
     preview: float = 25
     silence: float = 120
+
+
+@dataclass(frozen=True, slots=True)
+class WorkProgress:
+    """How far the work is. in_error: it has found errors already, and goes on to find all of them."""
+
+    progress: PhaseProgressed
+    in_error: bool
 
 
 class WorkFailed(Unavailable):
@@ -79,7 +87,7 @@ class DataWork:
         *,
         seconds: float = float("inf"),
         silence: float = float("inf"),
-        on_progress: Callable[[PhaseProgressed], None] | None = None,
+        on_progress: Callable[[WorkProgress], None] | None = None,
     ) -> DataAnswer:
         """The child's answer. It may take `seconds`, and `silence` seconds without progress.
 
@@ -109,21 +117,23 @@ class DataWork:
         directory: Path,
         seconds: float,
         silence: float,
-        on_progress: Callable[[PhaseProgressed], None] | None,
+        on_progress: Callable[[WorkProgress], None] | None,
     ) -> DataAnswer:
         started = heard = time.monotonic()
         offset = 0
+        in_error = False
         answer: DataAnswer | None = None
         answered = 0.0
         while True:
             self._woken.clear()
             over = (directory / files.EXIT).exists()
-            progress, offset = _progress(directory / files.SPOOL, offset)
+            progress, found_errors, offset = _progress(directory / files.SPOOL, offset)
+            in_error = in_error or found_errors
             now = time.monotonic()
             if progress is not None:
                 heard = now
                 if on_progress is not None:
-                    on_progress(progress)
+                    on_progress(WorkProgress(progress, in_error))
             if answer is None:
                 answer = _read(directory / files.ANSWER)
                 answered = now
@@ -142,22 +152,24 @@ class DataWork:
                 await asyncio.wait_for(self._woken.wait(), _SWEEP)
 
 
-def _progress(spool: Path, offset: int) -> tuple[PhaseProgressed | None, int]:
-    """The newest progress behind `offset`, and where the spool was read to."""
+def _progress(spool: Path, offset: int) -> tuple[PhaseProgressed | None, bool, int]:
+    """The newest progress behind `offset`, whether there are errors, and where the spool was read to."""
     try:
         with open(spool, "rb") as file:
             file.seek(offset)
             data = file.read()
     except FileNotFoundError:
-        return None, offset
+        return None, False, offset
     newest = None
+    in_error = False
     end = 0
     for payload, after in files.frames(data):
         report = TrainerReport.FromString(payload)
         if report.HasField("phase_progressed"):
             newest = report.phase_progressed
+        in_error |= report.log_emitted.level == LogLevel.LOG_LEVEL_ERROR
         end = after
-    return newest, offset + end
+    return newest, in_error, offset + end
 
 
 def _read(path: Path) -> DataAnswer | None:

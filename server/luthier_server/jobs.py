@@ -243,6 +243,10 @@ class Jobs:
         """The jobs that are being validated or wait for it, the next one first; at most 100."""
         return await self._rows.validating()
 
+    async def unchecked(self, reason: str) -> list[Job]:
+        """The jobs that were queued for this reason before their datasets were checked, and whose check is missing."""
+        return await self._rows.unchecked(reason)
+
     async def queue_positions(self, tenant: str) -> dict[str, int]:
         """Place in the queue, from 1, of every job that waits."""
         return {job_id: place for place, job_id in enumerate(await self._rows.queued_ids(tenant), start=1)}

@@ -1,8 +1,16 @@
-"""Jobs in VALIDATING: their datasets are checked for their base model before they wait for a device."""
+"""Jobs in VALIDATING: their datasets are checked for their base model before they wait for a device.
+
+A check that will take long and has found no error so far lets its job go on: the job is QUEUED, the check goes on
+beside it, and a trainer that starts meanwhile tokenises the rows that it needs itself. Then the check's end is an event
+of whatever the job does by then; an error ends a job that still waits, and a trainer finds the same error by itself, as
+it ends no job before all rows are there.
+"""
 
 import asyncio
 import contextlib
 import functools
+import time
+from collections.abc import Awaitable, Callable
 
 import structlog
 
@@ -12,9 +20,9 @@ from luthier.v1.event_pb2 import DatasetsChecked, PhaseProgressed
 from luthier.v1.job_pb2 import JobError
 from luthier_server.change import Change
 from luthier_server.checks import Checks
-from luthier_server.data_work import WorkTooLong
+from luthier_server.data_work import WorkProgress, WorkTooLong
 from luthier_server.errors import InvalidArgument, LuthierError, NotFound, StorageFull, StoreBusy
-from luthier_server.job import FAILED, QUEUED, STORAGE_FULL, VALIDATING, Job
+from luthier_server.job import CANCELLED, FAILED, QUEUED, STORAGE_FULL, VALIDATING, Job
 from luthier_server.jobs import Jobs
 
 log = structlog.get_logger()
@@ -23,6 +31,9 @@ _TRIES = 3
 _AGAIN_SECONDS = 2.0
 _PROGRESS_SECONDS = 1.0
 _FULL_SECONDS = 10.0
+_PATIENCE_SECONDS = 1.0
+"""A check that goes on longer after its first progress is a long one; so is one that has more ahead than behind it."""
+ALONGSIDE = "VALIDATING_ALONGSIDE"
 _FULL = JobError(reason=STORAGE_FULL)
 """No answer for lack of room, or of the database: the job waits, and no try is counted."""
 
@@ -34,10 +45,15 @@ class Validation:
         self._jobs = jobs
         self._checks = checks
         self._running: dict[str, asyncio.Task[None]] = {}
+        self._alongside: set[str] = set()
 
     async def run(self) -> None:
-        """Takes every job that is VALIDATING, also those of an earlier server."""
+        """Takes every job that is VALIDATING, also those of an earlier server, and what checks that one left undone."""
         async with asyncio.TaskGroup() as group:
+            with contextlib.suppress(StoreBusy):
+                for job in await self._jobs.unchecked(ALONGSIDE):
+                    self._alongside.add(job.id)
+                    self._running[job.id] = group.create_task(self._validate(job), name=f"validation {job.id}")
             while True:
                 self._jobs.to_validate.clear()
                 pause = None
@@ -47,7 +63,7 @@ class Validation:
                     log.warning("validation waits", error=str(error))
                     waiting, pause = [], _AGAIN_SECONDS
                 else:
-                    for job_id in self._running.keys() - {job.id for job in waiting}:
+                    for job_id in self._running.keys() - self._alongside - {job.id for job in waiting}:
                         self._running[job_id].cancel()
                 for job in waiting:
                     if job.id not in self._running:
@@ -70,11 +86,12 @@ class Validation:
                 await asyncio.sleep(_AGAIN_SECONDS)
         finally:
             del self._running[job.id]
+            self._alongside.discard(job.id)
             self._jobs.to_validate.set()
 
     async def _try(self, job: Job) -> JobError | None:
         """Checks the datasets and moves the job; or says why there is no answer, which another try may have."""
-        progress = _Progress(self._jobs, job)
+        progress = _Progress(self._jobs, job, self._let_go, self._running[job.id].cancel)
         try:
             answer = await self._checks.check_job(job, progress.told)
             if answer.error.reason == STORAGE_FULL:
@@ -103,47 +120,91 @@ class Validation:
             checked.validation.CopyFrom(_short(reports.validation))
 
         def decide(change: Change) -> None:
-            if change.job.state == VALIDATING:
+            if not change.job.terminal:
                 change.emit(checked)
+            if change.job.state == VALIDATING:
                 change.move(QUEUED, "VALIDATED", "waits for a free slot")
 
         await self._jobs.decide(job.tenant, job.id, decide)
 
-    async def _fail(self, job: Job, error: JobError) -> None:
+    async def _let_go(self, job: Job) -> None:
+        """Queues the job while its check goes on."""
+
         def decide(change: Change) -> None:
             if change.job.state == VALIDATING:
+                change.move(QUEUED, ALONGSIDE, "waits for a free slot; the check of its datasets goes on")
+
+        self._alongside.add(job.id)
+        await self._jobs.decide(job.tenant, job.id, decide)
+        await self._checks.step_aside(job)
+
+    async def _fail(self, job: Job, error: JobError) -> None:
+        def decide(change: Change) -> None:
+            if change.job.state in (VALIDATING, QUEUED):
                 change.move(FAILED, error.reason, error.message, error=error)
 
         await self._jobs.decide(job.tenant, job.id, decide)
 
 
 class _Progress:
-    """Puts the newest progress of a check into its job's log, at most once a second."""
+    """Puts the newest progress of a check into its job's log, at most once a second and while the job waits. Lets the
+    job go on when the check is a long one, and ends the check when the job is over."""
 
-    def __init__(self, jobs: Jobs, job: Job) -> None:
+    def __init__(
+        self, jobs: Jobs, job: Job, let_go: Callable[[Job], Awaitable[None]], end: Callable[[], object]
+    ) -> None:
         self._jobs = jobs
         self._job = job
+        self._let_go = let_go
+        self._end = end
         self._newest: PhaseProgressed | None = None
-        self._task = asyncio.create_task(self._write(), name=f"progress {job.id}")
+        self._first = 0.0
+        self._is_long = asyncio.Event()
+        self._tasks = [
+            asyncio.create_task(self._write(), name=f"progress {job.id}"),
+            asyncio.create_task(self._watch(), name=f"patience {job.id}"),
+        ]
 
-    def told(self, progress: PhaseProgressed) -> None:
-        self._newest = progress
+    def told(self, news: WorkProgress) -> None:
+        self._newest = news.progress
+        now = time.monotonic()
+        self._first = self._first or now
+        done, left = news.progress.completed, news.progress.total - news.progress.completed
+        if done and not news.in_error and (left > done or now - self._first > _PATIENCE_SECONDS):
+            self._is_long.set()
 
     async def _write(self) -> None:
         while True:
             await asyncio.sleep(_PROGRESS_SECONDS)
             newest, self._newest = self._newest, None
-            if newest is not None:
-                with contextlib.suppress(LuthierError):
-                    await self._jobs.decide(self._job.tenant, self._job.id, functools.partial(_tell, newest))
+            if newest is None:
+                continue
+            try:
+                job = await self._jobs.decide(self._job.tenant, self._job.id, functools.partial(_tell, newest))
+            except NotFound:
+                self._end()
+            except LuthierError:
+                continue
+            else:
+                if job.state in (FAILED, CANCELLED):
+                    self._end()
+
+    async def _watch(self) -> None:
+        while True:
+            await self._is_long.wait()
+            with contextlib.suppress(LuthierError):
+                await self._let_go(self._job)
+                return
+            await asyncio.sleep(_AGAIN_SECONDS)
 
     async def close(self) -> None:
-        self._task.cancel()
-        await asyncio.wait([self._task])
+        for task in self._tasks:
+            task.cancel()
+        await asyncio.wait(self._tasks)
 
 
 def _tell(progress: PhaseProgressed, change: Change) -> None:
-    if change.job.state == VALIDATING:
+    if change.job.state in (VALIDATING, QUEUED):
         change.emit(progress)
 
 

@@ -16,8 +16,9 @@ from luthier_trainer import checkpoint, durable, lora, rope
 from luthier_trainer.batches import Batches
 from luthier_trainer.config import Places, Settings
 from luthier_trainer.data.masks.render import prompt_ids
-from luthier_trainer.data.tokens import tokenised
+from luthier_trainer.data.tokens import streamed, tokenised
 from luthier_trainer.data.tokens.parts import Part, parts, require_scores
+from luthier_trainer.data.tokens.streamed import Rows
 from luthier_trainer.data.tokens.task import tokens_for
 from luthier_trainer.data.tokens.tokenised import TokenisedRows
 from luthier_trainer.errors import TrainingError
@@ -61,9 +62,9 @@ class Job:
     neftune: Neftune
     generation_attention: str
     sample_ids: Sequence[Sequence[int]]
-    rows: TokenisedRows
+    rows: Rows
     order: RowOrder
-    evaluated: Part | None
+    evaluated: Part[Rows] | None
     total_steps: int
     warmup: int
     batches: Batches
@@ -89,6 +90,13 @@ class Job:
     def peak_rate(self) -> float:
         """The peak learning rate that the job trains with."""
         return self.settings.peak_rate if self.found_rate is None else self.found_rate
+
+    def complete_rows(self) -> None:
+        """Waits until all rows are tokenised and judged: nothing comes out of a job before. Raises TrainingError for
+        rows that cannot be trained, and StopRequested."""
+        self.rows.complete()
+        if self.evaluated is not None:
+            self.evaluated.rows.complete()
 
     def state(self) -> State:
         """What a checkpoint notes, but for the loss of the next batch."""
@@ -143,8 +151,14 @@ def set_up(task: TrainerTask, settings: Settings, places: Places, reporter: Repo
     tokenizer = tokens.tokenizer
     compute = choose_compute(task, settings.dtype, tokens.config, resumed.plan if resumed else None)
 
-    def load(dataset: DatasetSource) -> TokenisedRows:
-        found = tokenised.load(
+    streams = streamed.Streams()
+
+    def load(dataset: DatasetSource) -> Rows:
+        def accept(found: TokenisedRows) -> None:
+            found.report.dataset_id, found.report.base_model = dataset.name, task.spec.fine_tune.base_model
+            tokenised.require_trainable(found, reporter)
+
+        wanted = streamed.Wanted(
             dataset,
             tokenizer,
             tokens.template,
@@ -154,8 +168,7 @@ def set_up(task: TrainerTask, settings: Settings, places: Places, reporter: Repo
             reporter=reporter,
             check=check,
         )
-        found.report.dataset_id, found.report.base_model = dataset.name, task.spec.fine_tune.base_model
-        tokenised.require_trainable(found, reporter)
+        found = streams.load(wanted, accept)
         check()
         return found
 
@@ -170,7 +183,7 @@ def set_up(task: TrainerTask, settings: Settings, places: Places, reporter: Repo
     masters = Masters(trained.root, compute.dtype, cast_frozen=settings.lora is None)
     lora.speed_up(trained.causal_lm)
     generation_attention = trained.causal_lm.config._attn_implementation
-    forward, notes = choose_forward(trained.causal_lm, settings.attention, int(rows.lengths.max()))
+    forward, notes = choose_forward(trained.causal_lm, settings.attention, tokens.options.max_length)
     notes += choose_blocks(forward, compute, resumed.plan if resumed else None)
     forward = replace(forward, label_smoothing=settings.label_smoothing)
     optimizer = Optimizer(masters, settings.adam)
@@ -268,8 +281,10 @@ def _adapter_notes(task: TrainerTask, settings: Settings, trained: Trained) -> l
     return notes
 
 
-def _row_notes(rows: TokenisedRows) -> list[str]:
+def _row_notes(rows: Rows) -> list[str]:
     """What became of rows over the limit, where it is not that their end was cut off."""
+    if not rows.is_whole:
+        return ["training begins while the rows are tokenised: the log will tell what is over the limit"]
     statistics, overlong = rows.report.statistics, rows.report.tokenization.overlong
     if not statistics.overlong_rows or overlong == tokenization_pb2.OVERLONG_TRUNCATE:
         return []
@@ -280,7 +295,7 @@ def _row_notes(rows: TokenisedRows) -> list[str]:
     ]
 
 
-def _identity(task: TrainerTask, rows: TokenisedRows, order: RowOrder) -> dict[str, Any]:
+def _identity(task: TrainerTask, rows: Rows, order: RowOrder) -> dict[str, Any]:
     """What the order of the steps depends on."""
     return {
         "training_sha256": task.training_dataset.sha256,

@@ -1,5 +1,6 @@
 """The order of the rows, a function of the seed alone: nothing about it needs to be saved."""
 
+import functools
 from dataclasses import dataclass
 
 import numpy as np
@@ -17,9 +18,12 @@ def _draws(seed: int, stream: int, count: int) -> npt.NDArray[np.uint64]:
     return draws
 
 
+@functools.lru_cache(maxsize=2)  # every step of an epoch asks for the same one
 def epoch_order(seed: int, epoch: int, rows: int) -> Indices:
-    """A permutation of `range(rows)` that depends on (seed, epoch) alone."""
-    return np.argsort(_draws(seed, epoch, rows), kind="stable").astype(np.int64)
+    """A permutation of `range(rows)` that depends on (seed, epoch) alone. Not to be written to."""
+    order = np.argsort(_draws(seed, epoch, rows), kind="stable").astype(np.int64)
+    order.flags.writeable = False
+    return order
 
 
 def hold_out(seed: int, rows: int, fraction: float) -> tuple[Indices, Indices]:
@@ -50,5 +54,5 @@ class RowOrder:
     def batch(self, step: int) -> Indices:
         """Row indices of optimizer step `step`, counted from 0."""
         epoch, index = divmod(step, self.steps_per_epoch)
-        order = self.rows[epoch_order(self.seed, epoch, len(self.rows))]
-        return order[index * self.batch_size : (index + 1) * self.batch_size]
+        order = epoch_order(self.seed, epoch, len(self.rows))
+        return self.rows[order[index * self.batch_size : (index + 1) * self.batch_size]]

@@ -17,7 +17,7 @@ import torch
 import transformers
 
 from luthier.v1 import event_pb2
-from luthier_trainer.data.tokens.tokenised import StoredExample
+from luthier_trainer.data.tokens.stored import StoredExample
 from luthier_trainer.job import Job
 from luthier_trainer.state import State
 

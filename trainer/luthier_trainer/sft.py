@@ -53,6 +53,7 @@ def train(task: TrainerTask, reporter: Reporter, control: Control) -> Finished |
             else:
                 carried.hand_to(job)
             _train(job, check)
+            job.complete_rows()
             best.take_the_best(job, _save_checkpoint)
             if job.counters.step > 0:
                 _sample(job, check)
@@ -142,7 +143,7 @@ def _make_step(job: Job, check: Check) -> None:
         leave_out(job, "the update")
         return
     rows = job.order.batch(counters.step)
-    if not job.rows.scored[rows].any():
+    if not job.rows.scores(rows):
         leave_out_empty(job)
         return
     job.throughput.start()

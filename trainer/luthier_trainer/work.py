@@ -5,6 +5,7 @@ with a job's id is the check of that job before it queues (VALIDATING): what sup
 error then. For anybody else the reports say it, and every kind of dataset has one.
 """
 
+import os
 import resource
 import signal
 from pathlib import Path
@@ -23,6 +24,7 @@ from luthier_trainer.stop import Check, check_of
 
 _MEMORY = 4 << 30
 _PREVIEW_SECONDS = 15
+_NICE = 5
 
 
 def fence(task: task_pb2.TrainerTask) -> None:
@@ -31,6 +33,8 @@ def fence(task: task_pb2.TrainerTask) -> None:
     # RLIMIT_DATA and not RLIMIT_AS: tokenised rows are mapped files, which may be larger and cost nothing.
     pages = int(Path("/proc/self/statm").read_text(encoding="ascii").split()[5])
     _lower(resource.RLIMIT_DATA, pages * resource.getpagesize() + _MEMORY)
+    if task.job_id.startswith("job_"):
+        os.nice(_NICE)  # it may go on while the job trains already
     end_process_when_stuck()
     if task.WhichOneof("work") == "preview":
         used = resource.getrusage(resource.RUSAGE_SELF)

@@ -7,9 +7,10 @@ from dataclasses import dataclass
 from google.protobuf import json_format
 from google.protobuf.message import DecodeError
 
+from luthier.v1.event_pb2 import JobEvent
 from luthier.v1.job_pb2 import JobError, JobSpec, JobState, Progress
 from luthier_server.errors import StoreCorrupt
-from luthier_server.job import PAUSED, QUEUED, VALIDATING, Job
+from luthier_server.job import PAUSED, PAUSING, PREPARING, QUEUED, RUNNING, VALIDATING, Job
 from luthier_server.store.database import Database, Row, Transaction
 
 
@@ -139,6 +140,22 @@ class Jobs:
             "SELECT * FROM jobs WHERE tenant = ? AND state = ? ORDER BY id LIMIT 100", ("default", VALIDATING)
         )
         return [_job(row) for row in rows]
+
+    async def unchecked(self, reason: str) -> list[Job]:
+        """Jobs, the oldest first, that were queued for this reason while the check of their datasets went on, have not
+        ended, and have no DatasetsChecked in their log."""
+        states = (QUEUED, PREPARING, RUNNING, PAUSING, PAUSED)
+        rows = await self._database.read(
+            f"SELECT * FROM jobs WHERE tenant = ? AND state IN ({', '.join('?' * len(states))}) AND EXISTS"
+            " (SELECT 1 FROM events WHERE job_id = jobs.id AND instr(payload, ?) > 0) ORDER BY id",
+            ("default", *states, reason.encode()),
+        )
+        found = []
+        for row in rows:
+            logged = await self._database.read("SELECT payload FROM events WHERE job_id = ?", (row["id"],))
+            if not any(JobEvent.FromString(each["payload"]).HasField("datasets_checked") for each in logged):
+                found.append(_job(row))
+        return found
 
     async def newest_rate(self, tenant: str, base_model: str) -> float:
         """Tokens a second that the newest of the last 200 jobs on a base model reached; 0 when none did."""

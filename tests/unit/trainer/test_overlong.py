@@ -179,13 +179,19 @@ class _Pieces:
     def __init__(self, rows: TokenisedRows, pieces: list[Any], lengths: Any, scored: Any) -> None:
         self.pieces, self.lengths, self.scored = pieces, lengths, scored
         self.counts, self.report = rows.counts, rows.report
-        self.template_sha256, self.truncated = rows.template_sha256, 0
+        self.template_sha256, self.truncated, self.is_whole = rows.template_sha256, 0, True
 
     def __len__(self) -> int:
         return len(self.pieces)
 
     def examples(self, index: int) -> list[Any]:
         return [self.pieces[index]]
+
+    def scores(self, indices: Any) -> bool:
+        return bool(self.scored[indices].any())
+
+    def complete(self) -> None:
+        pass
 
 
 def test_a_dropped_row_leaves_its_slot_empty_and_the_step_is_that_of_the_others(tmp_path: Path) -> None:

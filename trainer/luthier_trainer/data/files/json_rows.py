@@ -44,7 +44,7 @@ def json_lines(file: BinaryIO, head: bytes, max_line: int) -> Iterator[Row]:
             if blank % _BLANK_LINES == 0:
                 number += skipped_blank_lines(file)
         else:
-            value = _object(line)
+            value = json_object(line)
             if not seen and isinstance(value, Problem) and _is_spread(head):
                 fix = "Write each object on one line: jq -c . FILE > NEW_FILE.jsonl"
                 yield Row(number, Problem("NOT_JSON", _SPREAD, fix))
@@ -76,7 +76,7 @@ def json_elements(file: BinaryIO, max_element: int, max_array: int) -> Iterator[
         if found is not None:
             yield Row(number, found)
             return
-        yield Row(number, _object(text.text[text.start : text.position]))
+        yield Row(number, json_object(text.text[text.start : text.position]))
         if text.begins_with("]"):
             text.position += 1
             yield from _after_the_array(text)
@@ -218,7 +218,8 @@ def _after_the_array(text: _Text) -> Iterator[Row]:
         yield Row(0, text.problem(text.position, "there is more after the end of the array"))
 
 
-def _object(text: bytes | str) -> dict[str, object] | Problem:
+def json_object(text: bytes | str) -> dict[str, object] | Problem:
+    """The object that a line or an element is, or what is wrong with it."""
     try:
         value = orjson.loads(text)
     except orjson.JSONDecodeError as error:

@@ -40,6 +40,10 @@ class Records:
     ) -> None:
         self._file.__exit__(kind, error, trace)
 
+    def close(self) -> None:
+        """Closes the file."""
+        self._file.close()
+
     def __iter__(self) -> Iterator[tuple[int, Record | Problem, dict[str, object] | None]]:
         """Yields (line, record or what is wrong, the row or None when it cannot be read), in the file's order.
 
@@ -53,11 +57,13 @@ class Records:
             if isinstance(value, Problem):
                 yield row.line, value, None
             else:
-                yield row.line, self._record(value), value
+                yield row.line, self.record(value), value
         if empty:
             yield 0, Problem("EMPTY_FILE", "The file has no rows."), None
 
-    def _record(self, row: dict[str, object]) -> Record | Problem:
+    def record(self, row: dict[str, object]) -> Record | Problem:
+        """The record of a row of the file, or what is wrong with it. Unless the reading names a format, it depends on
+        the rows before."""
         row_format = self._named or detect(row)
         decided = self.reading.format
         if decided is None:

@@ -5,7 +5,8 @@
 
 An entry is built aside and renamed when it is complete and on disk, so a reader sees all of it or nothing; of two
 processes that build the same one, the first to finish wins and the other takes its work. Whoever uses an entry holds a
-shared lock on its counts.json, so that `drop_unused` and `shrink` can tell what nobody needs.
+shared lock on its counts.json, so that `drop_unused` and `shrink` can tell what nobody needs. Whoever builds one holds
+a lock on the directory aside, so that others can tell whether it is worth while to wait (`is_being_built`).
 """
 
 import contextlib
@@ -49,8 +50,11 @@ def build(directory: Path, write: Callable[[Path], None], is_whole: Callable[[Pa
     the meantime stays when `is_whole` says so, and is replaced otherwise. Nothing stays when `write` raises."""
     directory.parent.mkdir(parents=True, exist_ok=True)
     _sweep(directory.parent)
-    aside = Path(tempfile.mkdtemp(prefix=f".{directory.name[:16]}-", dir=directory.parent))
+    aside = Path(tempfile.mkdtemp(prefix=_aside(directory), dir=directory.parent))
+    held = os.open(aside, os.O_RDONLY | os.O_CLOEXEC)
     try:
+        with contextlib.suppress(OSError):  # a file system without locks: nobody knows that we build
+            fcntl.flock(held, fcntl.LOCK_SH)
         write(aside)
         for path in (*sorted(aside.iterdir()), aside):
             _sync(path)
@@ -58,6 +62,25 @@ def build(directory: Path, write: Callable[[Path], None], is_whole: Callable[[Pa
         _sync(directory.parent)
     finally:
         shutil.rmtree(aside, ignore_errors=True)
+        os.close(held)
+
+
+def is_being_built(directory: Path) -> bool:
+    """Whether a process that lives builds the entry now."""
+    for aside in directory.parent.glob(f"{_aside(directory)}*"):
+        try:
+            fd = os.open(aside, os.O_RDONLY | os.O_CLOEXEC)
+        except OSError:  # it has just been moved, or was given up
+            continue
+        try:
+            fcntl.flock(fd, fcntl.LOCK_EX | fcntl.LOCK_NB)
+        except BlockingIOError:
+            return True
+        except OSError:
+            continue
+        finally:
+            os.close(fd)
+    return False
 
 
 def drop_unused(cache_dir: Path) -> tuple[int, int]:
@@ -93,6 +116,11 @@ def _entries(cache_dir: Path) -> Iterator[_Entry]:
     for counts in (cache_dir / _FOLDER).glob(f"[!.]*/{COUNTS}"):
         with contextlib.suppress(FileNotFoundError):  # another process deleted it
             yield _Entry(counts.parent, counts.stat().st_mtime, durable.size(counts.parent))
+
+
+def _aside(directory: Path) -> str:
+    """What the names of directories begin with in which an entry is built."""
+    return f".{directory.name[:16]}-"
 
 
 def _drop(directory: Path) -> int | None:

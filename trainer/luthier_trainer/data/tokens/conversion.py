@@ -12,7 +12,7 @@ rows.arrow    one record a row that stands in the file, in its order:
 
 import hashlib
 from bisect import bisect_left
-from collections.abc import Iterator, Sequence
+from collections.abc import Iterable, Iterator, Sequence
 from concurrent.futures import Future, ThreadPoolExecutor
 from dataclasses import dataclass, field
 from pathlib import Path
@@ -57,6 +57,8 @@ SCHEMA = pa.schema(
 _BATCH_ROWS = 256
 _BATCH_CHARACTERS = 4 * 1024 * 1024
 _REPORT_SECONDS = 0.5
+ERROR_FOUND = "some rows are in error: the check goes on to find all of them"
+"""Told as soon as it is known."""
 
 
 @dataclass(slots=True)
@@ -92,14 +94,31 @@ def convert(
     check: Check,
 ) -> Tally:
     """Writes the rows of a dataset to `path` and returns what was counted. Rows in error are findings, and keep their
-    place. Reports PhaseProgressed at most twice a second. Raises what `check` raises, which is called for each row, and
-    TrainingError for what no row can be blamed for."""
+    place. Reports PhaseProgressed at most twice a second, and once, as a line of the log, that there are errors. Raises
+    what `check` raises, which is called for each row, and TrainingError for what no row can be blamed for."""
     tally = Tally()
     with open(path, "wb") as file, pa.ipc.new_stream(file, SCHEMA) as writer:
         for batch, encodings in _ahead(_batches(source, template, options, tally, reporter, check), tokenizer):
             for table in _tokenised(batch, encodings, tokenizer, template, options, tally):
                 writer.write_batch(table)
     return tally
+
+
+def convert_some(
+    found: Iterable[tuple[int, Record | Problem]],
+    tokenizer: "PreTrainedTokenizerBase",
+    template: Template,
+    options: Options,
+) -> tuple[list[pa.RecordBatch], Tally]:
+    """The rows of these (line, record) as `convert` writes them, and what was counted. Raises as `convert`."""
+    tally = Tally()
+    rows = [_row(line, record, template, options, tally) or _Row(line) for line, record in found]
+    encodings: Future[list[Any]] = Future()
+    try:
+        encodings.set_result(encode([text for row in rows for text in row.rendered], tokenizer))
+    except Exception as error:  # a tokenizer raises what it likes; `_tokenised` knows what it means
+        encodings.set_exception(error)
+    return list(_tokenised(_Batch(rows), encodings, tokenizer, template, options, tally)), tally
 
 
 def progress(reporter: Reporter, completed: int, total: int) -> None:
@@ -119,6 +138,7 @@ def _batches(
 ) -> Iterator[_Batch]:
     batch = _Batch()
     told = _monotonic()
+    told_error = False
     with records(Path(source.path), Reading.from_proto(source.reading)) as found:
         for line, record, _ in found:
             check()
@@ -126,13 +146,13 @@ def _batches(
             if (now := _monotonic()) - told >= _REPORT_SECONDS:
                 progress(reporter, tally.rows + len(batch.rows), source.rows)
                 told = now
-            if isinstance(record, Problem):
-                tally.findings.add(line, record)
-                if record.level is not Level.ERROR or not line:
-                    continue  # nothing that counts as a row
-                batch.add(_Row(line))
-            else:
-                batch.add(_rendered(line, record, template, options, tally))
+                if tally.findings.errors and not told_error:
+                    told_error = True
+                    reporter.report(event_pb2.LogEmitted(level=event_pb2.LOG_LEVEL_ERROR, message=ERROR_FOUND))
+            row = _row(line, record, template, options, tally)
+            if row is None:
+                continue
+            batch.add(row)
             if batch.full:
                 yield batch
                 batch = _Batch()
@@ -158,6 +178,14 @@ def _ahead(
     finally:
         # Who stops in the middle waits for nothing.
         thread.shutdown(wait=False, cancel_futures=True)
+
+
+def _row(line: int, record: Record | Problem, template: Template, options: Options, tally: Tally) -> _Row | None:
+    """The record on its way; None for what does not count as a row."""
+    if not isinstance(record, Problem):
+        return _rendered(line, record, template, options, tally)
+    tally.findings.add(line, record)
+    return _Row(line) if record.level is Level.ERROR and line else None
 
 
 def _rendered(line: int, record: Record, template: Template, options: Options, tally: Tally) -> _Row:

@@ -7,11 +7,12 @@ import numpy.typing as npt
 
 from luthier_trainer.data.problem import Level, Problem
 from luthier_trainer.data.tokens.parts import Part
+from luthier_trainer.data.tokens.tokenised import TokenisedRows
 
 Hashes = npt.NDArray[np.uint64]
 
 
-def leakage(training: Part, validation: Part) -> Iterator[tuple[int, Problem]]:
+def leakage(training: Part[TokenisedRows], validation: Part[TokenisedRows]) -> Iterator[tuple[int, Problem]]:
     """Yields (line of the validation rows, what it shares with a training row), in the order of the file.
 
     Rows are compared by the 64-bit hash of their rendered text, and those that differ by that of the text before the

@@ -34,6 +34,7 @@ from luthier_trainer.data.tokens import cache
 from luthier_trainer.data.tokens import report as tokens_report
 from luthier_trainer.data.tokens.conversion import convert, progress
 from luthier_trainer.data.tokens.options import Options
+from luthier_trainer.data.tokens.stored import Chunk, StoredExample, chunk_of, lengths_and_scored
 from luthier_trainer.errors import TrainingError
 from luthier_trainer.report import Reporter
 from luthier_trainer.stop import Check, never
@@ -46,28 +47,8 @@ FORMAT_VERSION = 3
 
 ROWS = "rows.arrow"
 REPORT = "report.binpb"
-_TRAINABLE = ("chat", "text")
-
-
-@dataclass(frozen=True, slots=True, eq=False)
-class StoredExample:
-    """What is trained on as one sequence. input_ids: int32 [tokens]; trained: bool [tokens], the tokens that the loss
-    counts as targets (but the first, which nothing predicts)."""
-
-    input_ids: npt.NDArray[np.int32]
-    trained: npt.NDArray[np.bool_]
-
-
-@dataclass(frozen=True, slots=True)
-class _Chunk:
-    """The rows of one record batch, as views of the mapped file; row i has tokens offsets[i] to offsets[i + 1], and
-    examples of the lengths pieces[piece_offsets[i]] to pieces[piece_offsets[i + 1]]."""
-
-    offsets: npt.NDArray[np.int32]
-    input_ids: npt.NDArray[np.int32]
-    trained: npt.NDArray[np.bool_]
-    piece_offsets: npt.NDArray[np.int32]
-    pieces: npt.NDArray[np.int32]
+TRAINABLE = frozenset({"chat", "text"})
+"""Kinds of records that supervised fine-tuning learns from."""
 
 
 @dataclass(frozen=True, slots=True)
@@ -97,7 +78,7 @@ class TokenisedRows:
     template_sha256: str
     counts: Counts
     report: dataset_report_pb2.TokenReport
-    _chunks: tuple[_Chunk, ...]
+    _chunks: tuple[Chunk, ...]
     _starts: tuple[int, ...]
 
     def __len__(self) -> int:
@@ -114,16 +95,19 @@ class TokenisedRows:
         if not 0 <= index < len(self.lengths):
             raise IndexError(f"row {index} of {len(self.lengths)}")
         number = bisect_right(self._starts, index) - 1
-        chunk = self._chunks[number]
-        row = index - self._starts[number]
-        pieces = chunk.pieces[chunk.piece_offsets[row] : chunk.piece_offsets[row + 1]]
-        found: list[StoredExample] = []
-        start = int(chunk.offsets[row])
-        for length in pieces.tolist():
-            end = start + length
-            found.append(StoredExample(chunk.input_ids[start:end].copy(), chunk.trained[start:end].copy()))
-            start = end
-        return found
+        return self._chunks[number].examples(index - self._starts[number])
+
+    def scores(self, indices: npt.NDArray[np.int64]) -> bool:
+        """Whether any token of these rows is a target of the loss."""
+        return bool(self.scored[indices].any())
+
+    @property
+    def is_whole(self) -> bool:
+        """Whether every row is tokenised: always, unlike `StreamedRows`."""
+        return True
+
+    def complete(self) -> None:
+        """Waits for nothing, unlike `StreamedRows`."""
 
 
 def load(
@@ -136,19 +120,21 @@ def load(
     reporter: Reporter,
     cache_max_bytes: int = 0,
     check: Check = never,
+    directory: Path | None = None,
 ) -> TokenisedRows:
     """The tokenised rows of a dataset; from the cache, or made and put there. What is wrong with rows is in their
     report: a job asks `require_trainable`.
 
     After rows were made, entries of the cache that nobody uses are deleted until it has at most `cache_max_bytes`, 0
     for no limit; what is returned here counts as used. Reports PhaseProgressed at most twice a second and at the end.
-    `check` is called for each row and ends the work with what it raises.
+    `check` is called for each row and ends the work with what it raises. directory: what `entry_of` says, for those
+    who have asked it.
     Raises TrainingError: STORAGE_FULL, and as `render` what no row can be blamed for. Raises OSError when the file
     cannot be read.
     """
     sha256 = template_sha256(tokenizer, template)
-    directory = cache.entry(cache_dir, cache_key(source, tokenizer, template, options))
-    opened = _open(directory, sha256)
+    directory = directory or entry_of(source, tokenizer, template, options, cache_dir)
+    opened = find(directory, sha256)
     for _ in range(2):  # another process that wants room may delete it before it is opened
         if opened is not None:
             break
@@ -157,12 +143,12 @@ def load(
             _write(aside, source, tokenizer, template, options, reporter, check)
 
         try:
-            cache.build(directory, write, lambda built: _open(built, sha256) is not None)
+            cache.build(directory, write, lambda built: find(built, sha256) is not None)
         except Exception as error:
             if not durable.is_full(error):
                 raise
             raise durable.storage_full("the tokenised dataset") from error
-        opened = _open(directory, sha256)
+        opened = find(directory, sha256)
         cache.shrink(cache_dir, cache_max_bytes)
     if opened is None:
         raise TrainingError("CACHE_DAMAGED", f"The tokenised dataset {directory.name} cannot be read back.")
@@ -170,11 +156,37 @@ def load(
     return opened
 
 
+def entry_of(
+    source: task_pb2.DatasetSource,
+    tokenizer: "PreTrainedTokenizerBase",
+    template: Template,
+    options: Options,
+    cache_dir: Path,
+) -> Path:
+    """Where in the cache the rows lie, or will."""
+    return cache.entry(cache_dir, cache_key(source, tokenizer, template, options))
+
+
+def find(directory: Path, sha256: str) -> TokenisedRows | None:
+    """What lies in an entry of the cache; None when there is nothing, or nothing that can be used. It counts as used as
+    long as the rows live."""
+    try:
+        lock = cache.use(directory)
+    except FileNotFoundError:
+        return None
+    opened = _read(directory, sha256)
+    if opened is None:
+        os.close(lock)
+    else:
+        weakref.finalize(opened, os.close, lock)
+    return opened
+
+
 def require_trainable(rows: TokenisedRows, reporter: Reporter) -> None:
     """Reports as warnings what of the rows is not trained as it is. Raises TrainingError when supervised fine-tuning
     cannot use them: DATASET_INVALID with the first lines, DATASET_NOT_FOR_OBJECTIVE for other records than
     conversations and texts, IMAGES_NOT_SUPPORTED."""
-    other = sorted(kind for kind, count in rows.counts.kinds.items() if count and kind not in _TRAINABLE)
+    other = sorted(kind for kind, count in rows.counts.kinds.items() if count and kind not in TRAINABLE)
     if other:
         raise TrainingError(
             "DATASET_NOT_FOR_OBJECTIVE",
@@ -254,21 +266,6 @@ def _write(
     (aside / cache.COUNTS).write_bytes(orjson.dumps(counts))
 
 
-def _open(directory: Path, sha256: str) -> TokenisedRows | None:
-    """What lies in an entry of the cache; None when there is nothing, or nothing that can be used. It counts as used as
-    long as the rows live."""
-    try:
-        lock = cache.use(directory)
-    except FileNotFoundError:
-        return None
-    opened = _read(directory, sha256)
-    if opened is None:
-        os.close(lock)
-    else:
-        weakref.finalize(opened, os.close, lock)
-    return opened
-
-
 def _read(directory: Path, sha256: str) -> TokenisedRows | None:
     try:
         content = orjson.loads((directory / cache.COUNTS).read_bytes())
@@ -279,8 +276,8 @@ def _read(directory: Path, sha256: str) -> TokenisedRows | None:
         return None
     if table.num_rows != counts.rows:
         return None
-    chunks = tuple(_chunk(batch) for batch in table.to_batches())
-    lengths, scored = _lengths_and_scored(chunks)
+    chunks = tuple(chunk_of(batch) for batch in table.to_batches())
+    lengths, scored = lengths_and_scored(chunks)
     starts = np.cumsum([0, *(len(chunk.offsets) - 1 for chunk in chunks)])[:-1]
     only_texts = bool(counts.kinds) and counts.kinds.keys() <= {"text"}
     report.template_sha256 = "" if only_texts else sha256
@@ -296,32 +293,3 @@ def _read(directory: Path, sha256: str) -> TokenisedRows | None:
         chunks,
         tuple(starts.tolist()),
     )
-
-
-def _chunk(batch: pa.RecordBatch) -> _Chunk:
-    ids, trained, pieces = (batch.column(name) for name in ("input_ids", "trained", "pieces"))
-    return _Chunk(
-        ids.offsets.to_numpy(),
-        ids.values.to_numpy(),
-        trained.values.to_numpy().view(np.bool_),
-        pieces.offsets.to_numpy(),
-        pieces.values.to_numpy(),
-    )
-
-
-def _lengths_and_scored(chunks: tuple[_Chunk, ...]) -> tuple[npt.NDArray[np.int64], npt.NDArray[np.int64]]:
-    """Tokens of each row's longest example, and trained tokens of each row without those that begin an example."""
-    lengths = [np.zeros(0, np.int64)]
-    scored = [np.zeros(0, np.int64)]
-    for chunk in chunks:
-        rows = len(chunk.offsets) - 1
-        owners = np.repeat(np.arange(rows), np.diff(chunk.piece_offsets))
-        ends = np.cumsum(chunk.pieces, dtype=np.int64)
-        starts = ends - chunk.pieces
-        trained = np.concatenate([np.zeros(1, np.int64), np.cumsum(chunk.trained, dtype=np.int64)])
-        longest = np.zeros(rows, np.int64)
-        np.maximum.at(longest, owners, chunk.pieces.astype(np.int64))
-        targets = trained[ends] - trained[np.minimum(starts + 1, ends)]
-        lengths.append(longest)
-        scored.append(np.bincount(owners, targets, minlength=rows).astype(np.int64))
-    return np.concatenate(lengths), np.concatenate(scored)
