@@ -288,14 +288,17 @@ def _tensors(path: Path) -> dict[str, int]:
     if not all(name.isprintable() for name in header):
         raise _UnusableError(f"{path.name} has a broken safetensors header.")
     ends = []
-    for tensor in header.values():
-        offsets = tensor.get("data_offsets") if isinstance(tensor, dict) else None
+    weights: dict[str, int] = {}
+    for name, tensor in header.items():
+        described = tensor if isinstance(tensor, dict) else {}
+        offsets = described.get("data_offsets")
         if not isinstance(offsets, list) or len(offsets) != 2 or not isinstance(offsets[1], int):
             raise _UnusableError(f"{path.name} has a broken safetensors header.")
         ends.append(offsets[1])
+        weights[name] = _elements(described.get("shape"))
     if max(ends, default=0) > size - 8 - length:
         raise _UnusableError(f"{path.name} was cut off: it is shorter than its header says.")
-    return {name: _elements(tensor.get("shape")) for name, tensor in header.items()}
+    return weights
 
 
 def _elements(shape: object) -> int:
