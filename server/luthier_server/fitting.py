@@ -41,7 +41,7 @@ class FittingSettings:
     devices: Sequence[int] = ()
     threads: int = 0
     memory_limit_bytes: int = 0
-    wait: float = 3
+    wait: float = 4
     remembered: float = 600
     unknown: float = 60
 

@@ -5,6 +5,7 @@ course, `flops` the operations, `memory` the bytes. No weights are loaded, unles
 """
 
 import shutil
+import tempfile
 from pathlib import Path
 
 import torch
@@ -26,7 +27,8 @@ from luthier_trainer.stop import Check
 _SHARE = 0.92
 """Of a device's memory that a job may plan with; the rest is for other processes, caches and the allocator's losses."""
 _GLANCE_ROWS, _GLANCE_SECONDS = 256, 0.5
-"""Rows that are looked at for the memory alone."""
+"""Rows that are looked at for the memory alone, and the time for that and for advice: somebody creates a job."""
+_REMEDY_SECONDS = 20.0
 
 
 def estimate(task: TrainerTask, reporter: Reporter, check: Check) -> estimate_pb2.JobEstimate:
@@ -54,7 +56,7 @@ def estimate(task: TrainerTask, reporter: Reporter, check: Check) -> estimate_pb
     written = outlay.sizes(
         settings,
         outlook.trained,
-        len(tokens.tokenizer.backend_tokenizer.to_str()),
+        _tokenizer_bytes(tokens),
         course,
         training.cache_bytes + (validation.cache_bytes if validation is not None else 0),
     )
@@ -114,7 +116,8 @@ def _foresee(
     _tell_memory(forecast, answer)
     answer.fits = forecast.fits
     if not forecast.fits:
-        answer.remedies.extend(remedies(task.base_model, settings, compute, longest, room))
+        patience = _GLANCE_SECONDS if task.estimate.memory_only else _REMEDY_SECONDS
+        answer.remedies.extend(remedies(task.base_model, settings, compute, longest, room, patience))
 
 
 def _room(task: TrainerTask, settings: Settings, compute: Compute, answer: estimate_pb2.JobEstimate) -> Room:
@@ -170,6 +173,13 @@ def _tell_disk(task: TrainerTask, settings: Settings, written: outlay.Sizes, ans
     if settings.checkpoint_keep > 1 and missing <= spare:
         answer.remedies.append("Set checkpoints.keep to 1.")
     answer.remedies.append(f"Free {missing / 2**30:,.2f} GiB on the disk of the data directory.")
+
+
+def _tokenizer_bytes(tokens: Tokens) -> int:
+    """What lies beside the weights in every checkpoint and model."""
+    with tempfile.TemporaryDirectory() as folder:
+        tokens.tokenizer.save_pretrained(folder)
+        return sum(each.stat().st_size for each in Path(folder).rglob("*") if each.is_file())
 
 
 def _existing(path: Path) -> Path:

@@ -4,6 +4,7 @@ import dataclasses
 import functools
 import importlib.util
 import tempfile
+import time
 from collections.abc import Callable, Iterator
 from dataclasses import dataclass
 from pathlib import Path
@@ -82,13 +83,18 @@ class Outlook:
         return Forecast(found, memory.host_need(need, self._compute.device, found.predicted_bytes), room)
 
 
-def remedies(source: BaseModelSource, settings: Settings, compute: Compute, longest: int, room: Room) -> list[str]:
-    """What would make a job fit that does not, each told from a forecast of its own, the least change first."""
-    return [
-        advice
-        for advise in (_shorter_rows, _smaller_rank, _narrower, _quantized, _adapter, _smaller_base)
-        for advice in advise(source, settings, compute, longest, room)
-    ]
+def remedies(
+    source: BaseModelSource, settings: Settings, compute: Compute, longest: int, room: Room, seconds: float
+) -> list[str]:
+    """What would make a job fit that does not, each told from a forecast of its own, the least change first. Once there
+    is one, no other is looked for after so many seconds."""
+    until = time.monotonic() + seconds
+    found: list[str] = []
+    for advise in (_shorter_rows, _smaller_rank, _narrower, _quantized, _adapter, _smaller_base):
+        if found and time.monotonic() > until:
+            break
+        found += advise(source, settings, compute, longest, room)
+    return found
 
 
 def _fits(source: BaseModelSource, settings: Settings, compute: Compute, longest: int, room: Room) -> bool:

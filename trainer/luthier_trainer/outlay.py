@@ -22,7 +22,7 @@ _START_SECONDS = 0.5
 """From the fork of a warm trainer to the first byte of its model."""
 _GENERATION_BYTES = {"cpu": 10e9, "cuda": 1e12}
 """Bytes of weights a second while text is generated, which is bound by reading all of them for each token."""
-_FILES_BYTES = 64 * 1024
+_FILES_BYTES = 16 * 1024
 """Configurations, states and manifests of a directory."""
 
 

@@ -120,7 +120,7 @@ def _of_cache(rows: tokenised.TokenisedRows, path: Path) -> Counted:
         pieces = column.values.to_numpy().astype(np.int64)
         owners = np.repeat(np.arange(len(column)), np.diff(column.offsets.to_numpy()))
         tokens.append(np.bincount(owners, pieces, minlength=len(column)).astype(np.int64))
-        pairs.append(np.bincount(owners, pieces * (pieces + 1) / 2, minlength=len(column)))
+        pairs.append(np.bincount(owners, pieces * (pieces + 1) / 2, minlength=len(column)).astype(np.float64))
     longest = int(rows.lengths.max(initial=0))
     return Counted(len(rows), np.concatenate(tokens), rows.scored, np.concatenate(pairs), longest, is_cached=True)
 
