@@ -34,7 +34,7 @@ _KEPT = 256
 @dataclass(frozen=True, slots=True)
 class FittingSettings:
     """devices: CUDA indices; empty means CPU. memory_limit_bytes: 0 for what the device has. Seconds: that CreateJob
-    waits for an answer, that an answer is remembered, and that none is."""
+    waits for an answer, that a child may take, that an answer is remembered, and that none is."""
 
     cache_dir: Path
     cache_max_bytes: int = 0
@@ -42,6 +42,7 @@ class FittingSettings:
     threads: int = 0
     memory_limit_bytes: int = 0
     wait: float = 4
+    seconds: float = 60
     remembered: float = 600
     unknown: float = 60
 
@@ -55,6 +56,7 @@ class Fitting:
         self._work = work
         self._secrets = secrets
         self._known: dict[str, tuple[float, JobEstimate | None]] = {}
+        self._asking: dict[str, asyncio.Task[JobEstimate | None]] = {}
         self._asked = asyncio.Semaphore(max(1, (os.cpu_count() or 1) // 2))
         # Of a GPU the server cannot ask; a child's answer tells.
         self._total = settings.memory_limit_bytes or (0 if settings.devices else physical_memory())
@@ -101,19 +103,34 @@ class Fitting:
         until, known = self._known.get(key, (0.0, None))
         if until > time.monotonic():
             return known
+        asking = self._asking.get(key)
+        if asking is None:
+            asking = self._asking[key] = asyncio.create_task(self._find_out(key, task), name="memory of a job")
+        try:
+            async with asyncio.timeout(self._settings.wait):
+                # Goes on when nobody waits any more: the next job like this one gets its answer.
+                return await asyncio.shield(asking)
+        except TimeoutError:
+            log.info("memory is not known in time")
+            return None
+
+    async def _find_out(self, key: str, task: TrainerTask) -> JobEstimate | None:
+        """Asks a child, and remembers what it says."""
         found: JobEstimate | None = None
         try:
-            async with asyncio.timeout(self._settings.wait), self._asked:
-                answer = await self.ask(task, seconds=self._settings.wait)
+            async with self._asked:
+                answer = await self.ask(task, seconds=self._settings.seconds)
             if answer.HasField("estimate"):
                 found = answer.estimate
             else:
                 log.info("memory is not known", reason=answer.error.reason, error=answer.error.message)
-        except (LuthierError, TimeoutError) as error:
-            log.info("memory is not known", error=str(error) or "no answer in time")
-        kept = self._settings.unknown if found is None else self._settings.remembered
+        except LuthierError as error:
+            log.info("memory is not known", error=error.message)
+        finally:
+            del self._asking[key]
         while len(self._known) >= _KEPT:
             del self._known[next(iter(self._known))]
+        kept = self._settings.unknown if found is None else self._settings.remembered
         self._known[key] = (time.monotonic() + kept, found)
         return found
 
