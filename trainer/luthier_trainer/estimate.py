@@ -28,7 +28,7 @@ _SHARE = 0.92
 """Of a device's memory that a job may plan with; the rest is for other processes, caches and the allocator's losses."""
 _GLANCE_ROWS, _GLANCE_SECONDS = 256, 0.5
 """Rows that are looked at for the memory alone, and the time for that and for advice: somebody creates a job."""
-_REMEDY_SECONDS = 20.0
+_REMEDY_SECONDS = 5.0
 
 
 def estimate(task: TrainerTask, reporter: Reporter, check: Check) -> estimate_pb2.JobEstimate:
