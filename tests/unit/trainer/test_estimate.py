@@ -54,9 +54,10 @@ def trained(task: task_pb2.TrainerTask) -> tuple[Recorder, report_pb2.Finished]:
     return recorder, finished
 
 
-@pytest.mark.parametrize("cached", [False, True], ids=["counted anew", "from the cache"])
 @pytest.mark.parametrize(
-    "numbers", [{"epochs": 1.5}, {"epochs": 2.0, "max_steps": 11}, {"max_steps": 3, "batch_size": 7}]
+    ("numbers", "cached"),
+    [({"epochs": 1.5}, False), ({"epochs": 2.0, "max_steps": 11}, True), ({"max_steps": 3, "batch_size": 7}, False)],
+    ids=["counted anew", "from the cache", "less than an epoch"],
 )
 def test_tokens_and_steps_are_those_that_training_then_reports(
     tmp_path: Path, base: Path, numbers: dict[str, Any], cached: bool
@@ -74,6 +75,8 @@ def test_tokens_and_steps_are_those_that_training_then_reports(
     assert found.training_tokens == finished.metrics["trained_tokens"]
     assert 0 < found.trained_tokens_per_epoch < found.tokens_per_epoch
     assert (found.device, found.dtype) == (plan.device, plan.dtype)
+    assert found.speed_basis == estimate_pb2.SPEED_BASIS_FORMULA
+    assert finished.metrics["mfu"] > 0
 
 
 def test_memory_disk_and_time_are_told(tmp_path: Path, base: Path) -> None:
@@ -86,13 +89,6 @@ def test_memory_disk_and_time_are_told(tmp_path: Path, base: Path) -> None:
     assert found.seconds > found.training_tokens / found.tokens_per_second
     assert found.fits
     assert not found.remedies
-
-
-def test_what_an_earlier_job_reached_makes_the_speed(tmp_path: Path, base: Path) -> None:
-    request = task(tmp_path, base, epochs=2.0)
-    _, finished = trained(request)
-    assert finished.metrics["mfu"] > 0
-    assert estimated(request).speed_basis == estimate_pb2.SPEED_BASIS_FORMULA
 
 
 def test_the_disk_holds_what_is_estimated(tmp_path: Path, base: Path) -> None:
