@@ -24,7 +24,7 @@ from luthier.v1.datasets_pb2 import (
     TokenReports,
     UploadDatasetResponse,
 )
-from luthier.v1.fine_tuning_pb2 import GetJobRequest
+from luthier.v1.fine_tuning_pb2 import EstimateJobResponse, GetJobRequest
 from luthier.v1.job_pb2 import JobSpec
 from luthier.v1.model_pb2 import Model
 from luthier.v1.models_pb2 import DownloadModelRequest, GetModelRequest, GetModelResponse, ListModelsRequest
@@ -103,6 +103,15 @@ class AsyncClient:
         request = job_requests.create_request(spec, request_id, validate_only)
         response = await self._connection.unary(self._connection.jobs.CreateJob, request)
         return AsyncJobHandle(self._connection, response.job)
+
+    async def estimate_job(self, spec: JobSpec, *, probe: bool = False) -> EstimateJobResponse:
+        """What a job would take: tokens, steps, time, money, memory and disk. Nothing is created.
+
+        With `probe` the model is loaded and two real steps are made, in a free slot. No timeout holds: the server may
+        have to count tokens, or to train. Raises InvalidSpec, and FailedPrecondition for a probe without a free slot.
+        """
+        request = job_requests.estimate_request(spec, probe)
+        return await self._connection.unary(self._connection.jobs.EstimateJob, request, limited=False)
 
     async def get_job(self, job_id: str) -> AsyncJobHandle:
         """A job by its id. Raises NotFound."""

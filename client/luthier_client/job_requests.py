@@ -4,7 +4,7 @@ import uuid
 from collections.abc import Iterable, Mapping
 from typing import TypeAlias
 
-from luthier.v1.fine_tuning_pb2 import CreateJobRequest, ListJobsRequest
+from luthier.v1.fine_tuning_pb2 import CreateJobRequest, EstimateJobRequest, ListJobsRequest
 from luthier.v1.job_pb2 import JobSpec, JobState
 from luthier_client import enums
 
@@ -14,6 +14,10 @@ State: TypeAlias = "JobState.ValueType | str"
 
 def create_request(spec: JobSpec, request_id: str | None, validate_only: bool) -> CreateJobRequest:
     return CreateJobRequest(spec=spec, request_id=request_id or str(uuid.uuid4()), validate_only=validate_only)
+
+
+def estimate_request(spec: JobSpec, probe: bool) -> EstimateJobRequest:
+    return EstimateJobRequest(spec=spec, probe=probe)
 
 
 def list_request(

@@ -68,7 +68,7 @@ class Checks:
         task.preview.CopyFrom(PreviewWork(count=request.count or _ROWS, lines=request.lines))
         async with self._previews:
             answer = await self._work.run(task, self._secrets.for_task(wanted), seconds=self._limits.preview)
-        _raise(answer)
+        raise_error(answer)
         return answer.preview
 
     async def check(self, tenant: str, request: CheckDatasetRequest) -> AsyncIterator[TransferProgress | TokenReports]:
@@ -87,7 +87,7 @@ class Checks:
             while (told := await news.get()) is not None:
                 yield told
             answer = await checking
-            _raise(answer)
+            raise_error(answer)
             yield answer.check
         finally:
             checking.cancel()
@@ -218,13 +218,17 @@ def _transfer(progress: PhaseProgressed) -> TransferProgress:
     return TransferProgress(completed=progress.completed, total=progress.total, unit=progress.unit or "rows")
 
 
-def _raise(answer: DataAnswer) -> None:
-    """Raises InvalidArgument for an answer that says why there is none."""
+def raise_error(answer: DataAnswer, path: str = "") -> None:
+    """Raises InvalidArgument for an answer that says why there is none; `path` comes before the fields it is about."""
     if not answer.HasField("error"):
         return
     error: JobError = answer.error
     text = sentences(error.message, error.hint)
-    raise InvalidArgument(text, [Violation(_FIELDS.get(error.reason, "dataset"), text[:400])], reason=error.reason)
+    raise InvalidArgument(
+        text,
+        [Violation(path + _FIELDS.get(error.reason, "training_dataset" if path else "dataset"), text[:400])],
+        reason=error.reason,
+    )
 
 
 _FIELDS: Mapping[str, str] = {

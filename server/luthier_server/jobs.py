@@ -18,6 +18,7 @@ from luthier_server import spec as specs
 from luthier_server.change import Change
 from luthier_server.datasets import Datasets
 from luthier_server.errors import AlreadyExists, Draining, Exhausted, FailedPrecondition, NotFound, Violation
+from luthier_server.fitting import Fitting
 from luthier_server.hub import Hub
 from luthier_server.ids import Ids
 from luthier_server.job import (
@@ -36,6 +37,7 @@ from luthier_server.store import datasets as dataset_rows
 from luthier_server.store import jobs as rows
 from luthier_server.store.database import Database, Transaction
 from luthier_server.store.jobs import Checkpoint
+from luthier_server.tasks import Resolved
 
 log = structlog.get_logger()
 _LAST = frozenset({"finished", "failed", "stopped"})
@@ -60,6 +62,7 @@ class Jobs:
         job_ids: Ids,
         max_queued: int,
         validates: bool = True,
+        fitting: Fitting | None = None,
         clock: Callable[[], int] = microseconds,
     ) -> None:
         self._database = database
@@ -71,6 +74,7 @@ class Jobs:
         self._job_ids = job_ids
         self._max_queued = max_queued
         self._first_state = VALIDATING if validates else QUEUED
+        self._fitting = fitting
         self._clock = clock
         self._draining = False
         self.changed = asyncio.Event()
@@ -84,16 +88,18 @@ class Jobs:
         """Makes a job, or finds the one that the same request made before.
 
         Raises InvalidArgument with every violation, NotFound for a dataset or model, AlreadyExists when the request id
-        was used for another spec, Exhausted when the queue is full.
+        was used for another spec, FailedPrecondition when the machine is too small, Exhausted when the queue is full.
         """
         if self._draining:
             raise Draining()
         body = hashlib.sha256(spec.SerializeToString(deterministic=True)).hexdigest()
         if request_id and (earlier := await self._rows.by_request(tenant, request_id)):
             return _same_request(*earlier, body, request_id)
-        specs.refuse(list(specs.cross_violations(spec)))
-        resolved, dataset_ids, reasons = await self._resolve(tenant, spec)
+        found = await self.resolve(tenant, spec)
+        resolved = found.spec
         source = await self._origin(tenant, resolved)
+        if self._fitting is not None:
+            await self._fitting.require(found)
         now = self._clock()
         job = Job(
             id="" if validate_only else self._job_ids.new("job"),
@@ -131,7 +137,7 @@ class Jobs:
                 _refuse_buried(*buried, body, request_id)
             await rows.insert(transaction, job, request_id, body)
             await rows.insert_checkpoints(transaction, tenant, origin)
-            for dataset_id in dataset_ids:
+            for dataset_id in found.dataset_ids:
                 if not await dataset_rows.present(transaction, tenant, dataset_id):
                     raise NotFound("dataset", dataset_id)
                 await dataset_rows.hold(transaction, tenant, dataset_id, job.id)
@@ -141,7 +147,7 @@ class Jobs:
                 transaction.after_commit(self.to_validate.set)
             else:
                 change.move(QUEUED, "SUBMITTED", "waits for a free slot")
-            for reason in reasons:
+            for reason in found.reasons:
                 change.emit(LogEmitted(level=LogLevel.LOG_LEVEL_INFO, message=reason))
             return await change.commit(transaction, self._hub, self.changed.set)
 
@@ -154,16 +160,16 @@ class Jobs:
                 raise
             return _same_request(*earlier, body, request_id)
 
-    async def _resolve(self, tenant: str, spec: JobSpec) -> tuple[JobSpec, list[str], list[str]]:
-        """(the spec with every number, the ids of its datasets, why rules decided numbers as they did)."""
+    async def resolve(self, tenant: str, spec: JobSpec) -> Resolved:
+        """What a spec means: every default, and the model and rows that it names. Raises InvalidArgument with every
+        violation, NotFound for a dataset."""
+        specs.refuse(list(specs.cross_violations(spec)))
         task = spec.fine_tune
         training = await self._datasets.find(tenant, task.training_dataset)
-        found = [training]
         violations = list(specs.format_violations("training_dataset", training.format))
         validation = None
         if task.validation_dataset:
             validation = await self._datasets.find(tenant, task.validation_dataset)
-            found.append(validation)
             violations += specs.format_violations("validation_dataset", validation.format)
         base = await self._registry.base(tenant, task.base_model)
         if task.WhichOneof("adaptation") != "full":
@@ -188,7 +194,7 @@ class Jobs:
         resolved.fine_tune.training_dataset = training.id
         if validation is not None:
             resolved.fine_tune.validation_dataset = validation.id
-        return resolved, [each.id for each in found], reasons
+        return Resolved(resolved, base, training, validation, tuple(reasons))
 
     async def _origin(self, tenant: str, resolved: JobSpec) -> Checkpoint | None:
         """The checkpoint that a new job goes on from, or None. Raises InvalidArgument where the job would differ."""

@@ -24,7 +24,9 @@ from luthier_server.data_work import DataWork, WorkLimits
 from luthier_server.datasets import Datasets
 from luthier_server.derivations import Derivations
 from luthier_server.errors import LuthierError
+from luthier_server.estimates import Estimates, EstimateSettings
 from luthier_server.executors.local import LocalExecutor, LocalSettings
+from luthier_server.fitting import Fitting, FittingSettings
 from luthier_server.grpc.certificate import Certificate, CertificateError
 from luthier_server.grpc.datasets import DatasetService
 from luthier_server.grpc.serve import AddressError, GrpcServer
@@ -44,6 +46,7 @@ from luthier_server.settings import Settings, SettingsError
 from luthier_server.store.database import Database
 from luthier_server.store.events import Events
 from luthier_server.store.jobs import Jobs as JobRows
+from luthier_server.store.models import Models as ModelRows
 from luthier_server.upkeep import Upkeep, UpkeepSettings
 from luthier_server.uploads import Uploads
 from luthier_server.validation import Validation
@@ -120,17 +123,6 @@ class Daemon:
         datasets = Datasets(database, data_dir / "blobs", uploads, workers, Ids(last_ids[1]), clock=microseconds)
         secrets = Secrets(chosen.secrets_dir)
         registry = Registry(database, data_dir / "models", workers, chosen.model_root)
-        self.jobs = Jobs(
-            database,
-            self.hub,
-            datasets,
-            registry,
-            data_dir / "jobs",
-            job_ids=Ids(last_ids[0]),
-            max_queued=chosen.max_queued,
-            # A puppet has no tokenizer to check anything with.
-            validates=not chosen.puppet,
-        )
         self.executor = LocalExecutor(
             LocalSettings(
                 data_dir,
@@ -141,6 +133,30 @@ class Daemon:
             )
         )
         self.data_work = DataWork(self.executor, data_dir / "work", str(self.wake_socket))
+        fitting = Fitting(
+            FittingSettings(
+                cache_dir=data_dir / "cache",
+                cache_max_bytes=chosen.cache_bytes,
+                devices=devices,
+                threads=chosen.threads,
+                memory_limit_bytes=chosen.device_memory_bytes,
+            ),
+            datasets,
+            self.data_work,
+            secrets,
+        )
+        self.jobs = Jobs(
+            database,
+            self.hub,
+            datasets,
+            registry,
+            data_dir / "jobs",
+            job_ids=Ids(last_ids[0]),
+            max_queued=chosen.max_queued,
+            # A puppet has no tokenizer to check anything with.
+            validates=not chosen.puppet,
+            fitting=None if chosen.puppet else fitting,
+        )
         checks = Checks(
             datasets,
             registry,
@@ -164,6 +180,7 @@ class Daemon:
                 ),
                 puppet=json_format.Parse(chosen.puppet, Puppet()) if chosen.puppet else None,
                 cache_max_bytes=chosen.cache_bytes,
+                device_memory_bytes=chosen.device_memory_bytes,
             ),
             self.jobs,
             Attempts(database, self.hub, self.jobs, Ids(last_ids[2]), retry_seconds=chosen.retry_seconds),
@@ -196,10 +213,19 @@ class Daemon:
             Derivations(datasets, uploads, workers),
             checks,
         )
+        estimates = Estimates(
+            EstimateSettings(chosen.price_per_device_hour, chosen.currency),
+            self.jobs,
+            fitting,
+            self.scheduler,
+            ModelRows(database),
+        )
         watch = Watch(self.jobs, self.hub, Pages(Events(database), history_id), limits)
         self.server = GrpcServer(
             {
-                fine_tuning_pb2.DESCRIPTOR.services_by_name["FineTuning"]: FineTuning(self.jobs, watch, history_id),
+                fine_tuning_pb2.DESCRIPTOR.services_by_name["FineTuning"]: FineTuning(
+                    self.jobs, estimates, watch, history_id
+                ),
                 datasets_pb2.DESCRIPTOR.services_by_name["Datasets"]: dataset_service,
                 models_pb2.DESCRIPTOR.services_by_name["Models"]: ModelService(registry, self.jobs),
             },

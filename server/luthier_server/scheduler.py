@@ -2,7 +2,7 @@
 
 import asyncio
 import contextlib
-from collections.abc import Collection
+from collections.abc import Collection, Iterator, Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
 
@@ -11,7 +11,7 @@ import structlog
 from luthier.trainer.v1.task_pb2 import ControlAction, Puppet, TrainerTask
 from luthier_server.attempts import Attempts, Ending
 from luthier_server.datasets import Datasets
-from luthier_server.errors import InvalidArgument, LuthierError, NotFound, StorageFull, StoreBusy
+from luthier_server.errors import FailedPrecondition, InvalidArgument, LuthierError, NotFound, StorageFull, StoreBusy
 from luthier_server.executors.base import Executor
 from luthier_server.job import CANCELLING, PAUSING, Job
 from luthier_server.jobs import Jobs
@@ -42,6 +42,7 @@ class SchedulerSettings:
     limits: Limits = field(default_factory=Limits)
     puppet: Puppet | None = None
     cache_max_bytes: int = 0
+    device_memory_bytes: int = 0
 
 
 class Scheduler:
@@ -119,10 +120,34 @@ class Scheduler:
 
     async def _fill(self, group: asyncio.TaskGroup) -> None:
         while self._free and not self._stopping and (job_id := await self._attempts.next_queued()):
-            begun = await self._attempts.begin(job_id, self._free[0])
+            if not self._free:  # a probe has taken it meanwhile
+                return
+            slot = self._free.pop(0)
+            begun = None
+            try:
+                begun = await self._attempts.begin(job_id, slot)
+            finally:
+                if begun is None:
+                    self._give_back(slot)
             if begun is not None:
-                slot = self._free.pop(0)
                 group.create_task(self._attempt(slot, *begun), name=f"attempt {job_id}")
+
+    @contextlib.contextmanager
+    def reserved(self) -> Iterator[Sequence[int]]:
+        """Holds a slot, in which no job is started meanwhile: its CUDA devices, none on a CPU. Raises
+        FailedPrecondition when every slot is in use."""
+        if not self._free or self._stopping:
+            raise FailedPrecondition(
+                "every slot is in use: try again when a job has ended, or ask for an estimate without a probe",
+                subject="slots",
+                reason="NO_FREE_SLOT",
+            )
+        slot = self._free.pop(0)
+        try:
+            yield self._settings.devices[slot : slot + 1]
+        finally:
+            self._give_back(slot)
+            self._jobs.changed.set()
 
     async def stop(self) -> None:
         """Starts nothing more, asks every trainer to save a checkpoint, and returns when all have left."""
@@ -172,10 +197,13 @@ class Scheduler:
 
     def _release(self, job_id: str, slot: int) -> None:
         del self._runners[job_id]
+        self._give_back(slot)
+        self._jobs.changed.set()
+
+    def _give_back(self, slot: int) -> None:
         if slot < self._settings.slots and slot not in self._free:
             self._free.append(slot)
             self._free.sort()
-        self._jobs.changed.set()
 
     def _directory(self, attempt: Attempt) -> Path:
         return self._settings.data_dir / "jobs" / attempt.job_id / f"attempt-{attempt.number}"
@@ -208,6 +236,7 @@ class Scheduler:
             heartbeat_seconds=settings.heartbeat_seconds,
             model_id=attempt.model_id,
             computed_tokens=job.progress.computed_tokens,
+            memory_limit_bytes=settings.device_memory_bytes,
         )
         if spec.validation_dataset:
             task.validation_dataset.CopyFrom(

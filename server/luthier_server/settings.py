@@ -71,6 +71,13 @@ class Settings:
     retry_seconds: float = _option(5.0, "wait before a lost attempt is tried again; doubles each time", metavar="S")
     retention_days: float = _option(30.0, "how long the events of an ended job stay, at least 7", metavar="DAYS")
     free_bytes: int = _option(256 * 2**20, "room at which jobs that a full disk paused go on", metavar="BYTES")
+    device_memory_bytes: int = _option(
+        0, "memory that training may take on its device; 0 means all that the device has", metavar="BYTES"
+    )
+    price_per_device_hour: float = _option(
+        0.0, "what an hour of a device costs, for estimates; 0 means no price", metavar="PRICE"
+    )
+    currency: str = _option("USD", "currency of the price, as three letters: EUR, USD, ...", metavar="CODE")
     trainer_python: str = _option(sys.executable, "the Python that has luthier-trainer", metavar="PATH")
     external_host: bool = _option(False, "use a trainer host that somebody else starts and ends, as in compose.yaml")
     log_level: str = _option("info", "least level that is logged", choices=("debug", "info", "warning", "error"))
@@ -188,9 +195,11 @@ def _check(settings: Settings) -> None:
         )
     if settings.retention_days < 7:
         raise SettingsError("--retention-days must be at least 7: watchers may resume for that long")
-    for name in ("slots", "threads"):
-        if getattr(settings, name) < 0:
-            raise SettingsError(f"--{name} must not be negative")
+    for name in ("slots", "threads", "device_memory_bytes", "price_per_device_hour"):
+        if not 0 <= getattr(settings, name) < 2**63:
+            raise SettingsError(f"--{name.replace('_', '-')} must not be negative")
+    if len(settings.currency) != 3 or not settings.currency.isascii() or not settings.currency.isupper():
+        raise SettingsError(f"--currency must be three capital letters such as EUR, not '{settings.currency}'")
     for root in settings.model_root:
         if not root.is_dir():
             raise SettingsError(f"--model-root {root}: there is no such folder")

@@ -11,6 +11,7 @@ refused: neither a pickle nor a model's Python ever runs.
 import argparse
 import difflib
 import json
+import math
 import re
 import struct
 import sys
@@ -32,6 +33,7 @@ _SHARD = re.compile(r"[\w.-]+\.safetensors", re.ASCII)
 _PICKLES = ("pytorch_model.bin", "pytorch_model.bin.index.json", "adapter_model.bin", "consolidated.00.pth", "model.pt")
 _TOKENIZERS = ("tokenizer.json", "tokenizer.model", "vocab.json", "tokenizer_config.json")
 _POSITIONS = ("max_position_embeddings", "n_positions", "max_seq_len", "n_ctx", "seq_length")
+_WIDTHS = ("hidden_size", "n_embd", "d_model")
 _HEADS = ("ForCausalLM", "LMHeadModel", "ForConditionalGeneration")
 
 
@@ -47,13 +49,17 @@ class _UnusableError(Exception):
 class _Weights:
     modules: list[str]
     max_positions: int
+    hidden_size: int
+    model_type: str
+    parameters: int
 
 
 def locate(base_model: str, allowed_roots: Sequence[Path] = ()) -> report_pb2.ModelReport:
     """Finds a base model and judges whether it can be trained. A problem is in the report, never an exception.
 
-    A directory: `directory`, `module_names`, `max_positions`. A hub id: `is_hub`. With an adapter on top, the same
-    fields speak of the base below, and `adapter_dir` and `base_location` are set too.
+    A directory: `directory`, `module_names`, `max_positions`, `hidden_size`, `model_type`, `parameters`. A hub id:
+    `is_hub`. With an adapter on top, the same fields speak of the base below, and `adapter_dir` and `base_location` are
+    set too.
     """
     report = report_pb2.ModelReport()
     roots = [root.resolve() for root in (*allowed_roots, BUILTIN)]
@@ -81,6 +87,9 @@ def locate(base_model: str, allowed_roots: Sequence[Path] = ()) -> report_pb2.Mo
         report.directory = str(directory)
         report.module_names.extend(weights.modules)
         report.max_positions = weights.max_positions
+        report.hidden_size = weights.hidden_size
+        report.model_type = weights.model_type
+        report.parameters = min(weights.parameters, 2**62)
     return report
 
 
@@ -179,20 +188,30 @@ def _weights(directory: Path, roots: Sequence[Path]) -> _Weights:
     if not any((directory / name).is_file() for name in _TOKENIZERS):
         raise _UnusableError("The model's directory has no tokenizer (tokenizer.json).")
     modules: dict[str, None] = {}
+    parameters = 0
     for shard in _shards(directory, roots):
-        for tensor in _tensor_names(_fenced(shard, roots)):
+        for tensor, weights in _tensors(_fenced(shard, roots)).items():
             modules.setdefault(tensor.rpartition(".")[0] or tensor)
+            parameters += weights
     architectures = config.get("architectures")
     architecture = str(architectures[0]) if isinstance(architectures, list) and architectures else ""
     if architecture.endswith(_HEADS) and not any(name.rpartition(".")[2] == "lm_head" for name in modules):
         modules.setdefault("lm_head")  # tied to the embeddings, so it is in no file
-    return _Weights(list(modules), _max_positions(config))
+    family = config.get("model_type")
+    return _Weights(
+        list(modules),
+        max_positions=_number(config, _POSITIONS),
+        hidden_size=_number(config, _WIDTHS),
+        model_type=family if isinstance(family, str) and family.isprintable() else "",
+        parameters=parameters,
+    )
 
 
-def _max_positions(config: dict[str, object]) -> int:
+def _number(config: dict[str, object], keys: Sequence[str]) -> int:
+    """What a configuration, or that of its text model, says under the first of these names; 0 when nothing."""
     text = config.get("text_config")
     for part in (config, text if isinstance(text, dict) else {}):
-        for key in _POSITIONS:
+        for key in keys:
             value = part.get(key)
             if isinstance(value, int) and not isinstance(value, bool) and 0 < value < 2**31:
                 return value
@@ -252,9 +271,10 @@ def _json_object(content: bytes, name: str) -> dict[str, object]:
     return value
 
 
-def _tensor_names(path: Path) -> list[str]:
-    """Names in a safetensors header: its length (u64, little endian), then a JSON object with offsets into the rest.
-    A file that is shorter than its header says was not downloaded to its end."""
+def _tensors(path: Path) -> dict[str, int]:
+    """Names in a safetensors header, each with how many numbers it holds. The header is its length (u64, little
+    endian), then a JSON object with shapes and offsets into the rest. A file that is shorter than its header says was
+    not downloaded to its end."""
     size = path.stat().st_size
     with open(path, "rb") as file:
         prefix = file.read(8)
@@ -268,14 +288,24 @@ def _tensor_names(path: Path) -> list[str]:
     if not all(name.isprintable() for name in header):
         raise _UnusableError(f"{path.name} has a broken safetensors header.")
     ends = []
-    for tensor in header.values():
-        offsets = tensor.get("data_offsets") if isinstance(tensor, dict) else None
+    weights: dict[str, int] = {}
+    for name, tensor in header.items():
+        described = tensor if isinstance(tensor, dict) else {}
+        offsets = described.get("data_offsets")
         if not isinstance(offsets, list) or len(offsets) != 2 or not isinstance(offsets[1], int):
             raise _UnusableError(f"{path.name} has a broken safetensors header.")
         ends.append(offsets[1])
+        weights[name] = _elements(described.get("shape"))
     if max(ends, default=0) > size - 8 - length:
         raise _UnusableError(f"{path.name} was cut off: it is shorter than its header says.")
-    return list(header)
+    return weights
+
+
+def _elements(shape: object) -> int:
+    """The product of a shape; 0 for what is none."""
+    if not isinstance(shape, list) or not all(isinstance(each, int) and 0 <= each < 2**40 for each in shape):
+        return 0
+    return math.prod(shape[:8])
 
 
 def main(arguments: Sequence[str] | None = None) -> int:

@@ -16,7 +16,8 @@ _CHUNK_ELEMENTS = {"cpu": 2**22, "cuda": 2**27}
 _MIN_CHUNK_ROWS = 64
 
 
-def _chunk_rows(vocabulary: int, device: torch.device) -> int:
+def chunk_rows(vocabulary: int, device: torch.device) -> int:
+    """Scored rows whose logits exist at a time."""
     return max(_CHUNK_ELEMENTS.get(device.type, 2**25) // vocabulary, _MIN_CHUNK_ROWS)
 
 
@@ -66,7 +67,7 @@ class _ScoredCrossEntropy(torch.autograd.Function):
         smoothing: float,
     ) -> torch.Tensor:
         spread = smoothing / weight.shape[0]
-        rows = _chunk_rows(weight.shape[0], hidden.device)
+        rows = chunk_rows(weight.shape[0], hidden.device)
         wants_hidden, wants_weight, wants_bias = ctx.needs_input_grad[:3]
         wide = torch.promote_types(hidden.dtype, torch.float32)
         d_hidden = torch.empty_like(hidden) if wants_hidden else None
@@ -142,7 +143,7 @@ def score(
     """(sum of cross-entropies, how many targets the head puts first), without a gradient."""
     total = hidden.new_zeros((), dtype=torch.promote_types(hidden.dtype, torch.float32))
     correct = torch.zeros((), dtype=torch.int64, device=hidden.device)
-    rows = _chunk_rows(weight.shape[0], hidden.device)
+    rows = chunk_rows(weight.shape[0], hidden.device)
     for start in range(0, hidden.shape[0], rows):
         part, target = hidden[start : start + rows], targets[start : start + rows]
         logits = wide_logits(part, weight, bias, shaping)

@@ -154,7 +154,7 @@ def prepare(
         with _peft_on_this_transformers():
             peft = PeftModel.from_pretrained(base, str(resume_from or adapter_dir), is_trainable=True)
         _widen(peft, str(resume_from or adapter_dir))
-        return Trained(_inside(peft), peft, parameters, revision)
+        return Trained(inside(peft), peft, parameters, revision)
     _check_names(base, "target_modules", [each for each in lora.target_modules if each != ALL_LINEAR])
     _check_names(base, "modules_to_save", lora.modules_to_save)
     base.name_or_path = name  # PEFT writes the model's own name over the configuration's
@@ -182,7 +182,7 @@ def prepare(
                 f"PEFT has no such adapter for this model: {error}".splitlines()[0],
                 "Set the dropout to 0 if it speaks of dropout; else name other target_modules.",
             ) from error
-    return Trained(_inside(peft), peft, parameters, revision)
+    return Trained(inside(peft), peft, parameters, revision)
 
 
 def _adapted(name: str, layer: nn.Module) -> str:
@@ -210,7 +210,7 @@ def adapter_rank(trained: Trained) -> int:
     return config.r if isinstance(config, LoraConfig) else 0
 
 
-def _inside(peft: PeftModel) -> PreTrainedModel:
+def inside(peft: PeftModel) -> PreTrainedModel:
     """The model that carries the adapters in its modules."""
     model = peft.get_base_model()
     if not isinstance(model, PreTrainedModel):

@@ -106,7 +106,7 @@ def _train(job: Job, check: Check) -> None:
             break
         if _sample_is_due(job):
             _sample(job, check)
-        _make_step(job, check)
+        make_step(job, check)
         if _evaluation_is_due(job):
             _evaluate(job, check)
         if counters.step % every == 0:
@@ -136,7 +136,7 @@ def _stop_early(job: Job) -> None:
     job.reporter.report(event_pb2.LogEmitted(level=event_pb2.LOG_LEVEL_INFO, message=message))
 
 
-def _make_step(job: Job, check: Check) -> None:
+def make_step(job: Job, check: Check) -> None:
     """One optimizer step: forward and backward over its micro-batches, then clip and update. Raises Diverged."""
     counters, settings = job.counters, job.settings
     if counters.step + 1 in job.left_out:
@@ -318,6 +318,8 @@ def _finish(job: Job) -> Finished:
     }
     if counters.step == len(counters.skipped) + counters.empty:  # no step made a loss
         del metrics["train_loss"], metrics["final_loss"]
+    if job.operations and job.peak_flops and job.throughput.operations_per_second:
+        metrics["mfu"] = job.throughput.operations_per_second / job.peak_flops
     if counters.skipped:
         metrics["skipped_steps"] = float(len(counters.skipped))
     if counters.empty:

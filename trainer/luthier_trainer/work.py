@@ -1,6 +1,7 @@
-"""Work on datasets that needs a tokenizer and trains nothing: previews, and checks for a base model.
+"""Work beside training that needs a tokenizer: previews of datasets, checks for a base model, estimates of jobs.
 
-It runs in a process of its own, like an attempt, and loads a tokenizer and a configuration but never weights. A task
+It runs in a process of its own, like an attempt, and loads a tokenizer and a configuration but never weights, unless
+an estimate is to be tried. A task
 with a job's id is the check of that job before it queues (VALIDATING): what supervised fine-tuning cannot use is its
 error then. For anybody else the reports say it, and every kind of dataset has one.
 """
@@ -28,12 +29,14 @@ _NICE = 5
 
 
 def fence(task: task_pb2.TrainerTask) -> None:
-    """Bounds what this process may take from now on: 4 GiB of memory beside what it has, and for a preview
-    _PREVIEW_SECONDS of processor time. For a process that does this task and nothing else."""
-    # RLIMIT_DATA and not RLIMIT_AS: tokenised rows are mapped files, which may be larger and cost nothing.
-    pages = int(Path("/proc/self/statm").read_text(encoding="ascii").split()[5])
-    _lower(resource.RLIMIT_DATA, pages * resource.getpagesize() + _MEMORY)
-    if task.job_id.startswith("job_"):
+    """Bounds what this process may take from now on: 4 GiB of memory beside what it has, unless it is to train or to
+    ask a GPU, and for a preview _PREVIEW_SECONDS of processor time. For a process that does this task and nothing
+    else."""
+    if not (task.estimate.probe or task.cuda_devices):
+        # RLIMIT_DATA and not RLIMIT_AS: tokenised rows are mapped files, which may be larger and cost nothing.
+        pages = int(Path("/proc/self/statm").read_text(encoding="ascii").split()[5])
+        _lower(resource.RLIMIT_DATA, pages * resource.getpagesize() + _MEMORY)
+    if task.WhichOneof("work") == "check" and task.job_id.startswith("job_"):
         os.nice(_NICE)  # it may go on while the job trains already
     end_process_when_stuck()
     if task.WhichOneof("work") == "preview":
@@ -63,6 +66,10 @@ def perform(task: task_pb2.TrainerTask, reporter: Reporter, control: Control) ->
     try:
         if task.WhichOneof("work") == "preview":
             return task_pb2.DataAnswer(preview=preview(task, check))
+        if task.WhichOneof("work") == "estimate":
+            from luthier_trainer.estimate import estimate
+
+            return task_pb2.DataAnswer(estimate=estimate(task, reporter, check))
         return task_pb2.DataAnswer(check=_reports(task, reporter, check))
     except TrainingError as error:
         return task_pb2.DataAnswer(error=job_pb2.JobError(reason=error.reason, message=error.message, hint=error.hint))

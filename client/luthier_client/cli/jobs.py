@@ -13,6 +13,7 @@ from luthier_client.cli.tokenization import apply_tokenization, tokenization_fie
 
 if TYPE_CHECKING:
     from luthier.v1.job_pb2 import Job, JobSpec
+    from luthier_client.client import Client
 
 TIMED_OUT = 124
 _STATES = [
@@ -33,7 +34,9 @@ def job() -> None:
     luthier job create -f job.yaml --find-lr --watch
     luthier job create -f job.yaml --epochs auto --batch-size auto --learning-rate auto
     luthier job create -f job.yaml --resume-from @latest:step-200
-    luthier job create -f job.yaml --validate-only""",
+    luthier job create -f job.yaml --validate-only
+    luthier job create -f job.yaml --dry-run && luthier job create -f job.yaml
+    luthier job create -f job.yaml --set lora.rank=64 --dry-run --probe""",
 )
 @click.option(
     "-f", "--file", required=True, type=click.Path(allow_dash=True), help="A job as YAML or JSON; - is stdin."
@@ -44,6 +47,8 @@ def job() -> None:
 @click.option("--resume-from", metavar="JOB:step-N", help="Go on from a checkpoint of another job.")
 @click.option("--watch", is_flag=True, help="Watch the job to its end.")
 @click.option("--validate-only", is_flag=True, help="Check the job and show what would be created.")
+@click.option("--dry-run", is_flag=True, help="Show what the job would take; exit code 1 when it does not fit.")
+@click.option("--probe", is_flag=True, help="With --dry-run: make two real steps first, in a free slot.")
 @click.pass_context
 def create(
     ctx: click.Context,
@@ -57,6 +62,8 @@ def create(
     batch_size: str | None,
     learning_rate: str | None,
     find_lr: bool,
+    dry_run: bool,
+    probe: bool,
     **flags: str | None,
 ) -> None:
     """Create a job from a file."""
@@ -65,6 +72,10 @@ def create(
     from luthier_client.cli.follow import follow
     from luthier_client.spec import apply_settings, load_spec, parse_spec
 
+    if probe and not dry_run:
+        raise click.UsageError("--probe goes with --dry-run.")
+    if dry_run and (watch or validate_only):
+        raise click.UsageError("--dry-run creates nothing: leave out --watch and --validate-only.")
     spec = parse_spec(sys.stdin.read(), "stdin") if file == "-" else load_spec(file)
     numbers = {"epochs": epochs, "batch_size": batch_size, "learning_rate": learning_rate}
     apply_settings(spec, [*assignments, *number_settings(numbers, find_lr)])
@@ -73,6 +84,9 @@ def create(
     with connect(chosen) as client:
         if resume_from is not None:
             spec.fine_tune.resume_from = ids.checkpoint(client, resume_from)
+        if dry_run:
+            _dry_run(ctx, client, spec, probe)
+            return
         handle = client.create_job(spec, validate_only=validate_only)
         if validate_only:
             _show_plan(ctx, handle.proto.resolved_spec)
@@ -246,6 +260,22 @@ def _details(job: "Job") -> list[tuple[str, str]]:
     if job.HasField("error"):
         rows += [("error", f"{job.error.reason}: {job.error.message}"), ("hint", job.error.hint)]
     return rows
+
+
+def _dry_run(ctx: click.Context, client: "Client", spec: "JobSpec", probe: bool) -> None:
+    """Prints what a job would take. Exits with 1 when it does not fit."""
+    from luthier_client.cli import output
+    from luthier_client.cli.estimate import print_estimate
+    from luthier_client.cli.transfer import phases
+
+    with phases("making two steps" if probe else "estimating"):
+        response = client.estimate_job(spec, probe=probe)
+    if settings(ctx).output == "json":
+        output.resource(settings(ctx), response, [])
+    else:
+        print_estimate(response.estimate)
+    if not response.estimate.fits:
+        ctx.exit(1)
 
 
 def _show_plan(ctx: click.Context, spec: "JobSpec") -> None:

@@ -8,6 +8,7 @@ from luthier.v1 import fine_tuning_pb2 as ft
 from luthier.v1 import models_pb2 as md
 from luthier.v1.job_pb2 import Job as JobProto
 from luthier.v1.model_pb2 import ModelFile
+from luthier_server.estimates import Estimates
 from luthier_server.grpc import paging
 from luthier_server.grpc.boundary import Context, writes
 from luthier_server.grpc.convert import checkpoint_proto, job_proto, model_proto
@@ -24,8 +25,9 @@ _CHECKPOINT = re.compile(r"(?P<job>job_[0-9A-Z]{26}):step-(?P<step>[0-9]{1,12})"
 class FineTuning:
     """luthier.v1.FineTuning."""
 
-    def __init__(self, jobs: Jobs, watch: Watch, history_id: str) -> None:
+    def __init__(self, jobs: Jobs, estimates: Estimates, watch: Watch, history_id: str) -> None:
         self._jobs = jobs
+        self._estimates = estimates
         self._watch = watch
         self._history_id = history_id
 
@@ -37,6 +39,11 @@ class FineTuning:
         """Creates a job."""
         job = await self._jobs.create(TENANT, request.spec, request.request_id.lower(), request.validate_only)
         return ft.CreateJobResponse(job=await self._proto(job))
+
+    async def EstimateJob(self, request: ft.EstimateJobRequest) -> ft.EstimateJobResponse:
+        """Tells what a job would take."""
+        resolved, estimate = await self._estimates.estimate(TENANT, request.spec, request.probe)
+        return ft.EstimateJobResponse(resolved_spec=resolved, estimate=estimate)
 
     async def GetJob(self, request: ft.GetJobRequest) -> ft.GetJobResponse:
         """Returns a job."""

@@ -41,6 +41,17 @@ class Models:
         rows = await self._database.read("SELECT * FROM models WHERE tenant = ? AND id = ?", (tenant, model_id))
         return _model(rows[0]) if rows else None
 
+    async def newest_mfu(self, tenant: str, base_model: str, adaptation: str) -> float:
+        """Share of the device's peak that the newest of the last 50 models of this base and adaptation was trained at;
+        0 when none tells."""
+        rows = await self._database.read(
+            "SELECT metrics FROM models WHERE tenant = ? AND base_model = ? AND adaptation = ?"
+            " ORDER BY id DESC LIMIT 50",
+            (tenant, base_model, adaptation),
+        )
+        known = (float(json.loads(row["metrics"]).get("mfu", 0)) for row in rows)
+        return next((each for each in known if each > 0), 0.0)
+
     async def page(self, tenant: str, *, below: str, limit: int, id_prefix: str) -> list[Model]:
         """Models newest first, with ids below `below` (empty: from the newest)."""
         rows = await self._database.read(

@@ -59,6 +59,8 @@ def test_the_builtin_model_is_known_with_its_modules_and_its_tied_head() -> None
     assert (report.found, report.problem, report.is_hub) == (True, "", False)
     assert report.directory == str(TINY.resolve())
     assert report.max_positions == json.loads((TINY / "config.json").read_text())["max_position_embeddings"]
+    config = json.loads((TINY / "config.json").read_text())
+    assert (report.hidden_size, report.model_type) == (config["hidden_size"], config["model_type"])
     assert {"model.embed_tokens", "model.layers.0.self_attn.q_proj", "model.norm", "lm_head"} <= set(
         report.module_names
     )
@@ -297,7 +299,7 @@ def test_an_unreadable_directory_is_a_problem(model: Path, root: Path, monkeypat
     def refused(_: Path) -> Any:
         raise PermissionError(13, "Permission denied")
 
-    monkeypatch.setattr(inspect_module, "_tensor_names", refused)
+    monkeypatch.setattr(inspect_module, "_tensors", refused)
     assert "Permission denied" in locate(str(model), [root]).problem
 
 
@@ -325,3 +327,25 @@ def test_the_module_writes_a_report_and_nothing_else(model: Path, root: Path) ->
     done = subprocess.run(command, capture_output=True, timeout=60, check=False)
     assert (done.returncode, done.stderr) == (0, b"")
     assert report_pb2.ModelReport.FromString(done.stdout) == locate(str(model), [root])
+
+
+def test_weights_are_counted_by_the_headers_of_every_shard(model: Path, root: Path) -> None:
+    from transformers import AutoModelForCausalLM
+
+    weights = AutoModelForCausalLM.from_pretrained(TINY).num_parameters()
+    assert locate(str(model), [root]).parameters == weights
+    (model / "model.safetensors").unlink()
+    shards = {"a": "one.safetensors", "b": "two.safetensors"}
+    for name, shard in shards.items():
+        entry = {"dtype": "F32", "shape": [2, 3], "data_offsets": [0, 24]}
+        (model / shard).write_bytes(safetensors({f"{name}.weight": entry}, bytes(24)))
+    (model / "model.safetensors.index.json").write_text(json.dumps({"weight_map": shards}))
+    assert locate(str(model), [root]).parameters == 12
+
+
+@pytest.mark.parametrize("shape", [None, "3", [-1], [2**70], [1.5], [True, []]])
+def test_a_shape_that_is_none_counts_for_nothing(model: Path, root: Path, shape: Any) -> None:
+    entry = {"dtype": "F32", "shape": shape, "data_offsets": [0, 4]}
+    (model / "model.safetensors").write_bytes(safetensors({"a.weight": entry}, bytes(4)))
+    report = locate(str(model), [root])
+    assert (report.problem, report.parameters) == ("", 0)

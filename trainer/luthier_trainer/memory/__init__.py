@@ -1,0 +1,9 @@
+"""Memory: what training takes, foretold and measured, and what follows from it."""
+
+from luthier_trainer.memory.fit import Fit, Largest, fit
+from luthier_trainer.memory.host import host_need
+from luthier_trainer.memory.limits import limit
+from luthier_trainer.memory.need import Need, need
+from luthier_trainer.memory.skeleton import on_meta
+
+__all__ = ["Fit", "Largest", "Need", "fit", "host_need", "limit", "need", "on_meta"]
