@@ -6,7 +6,8 @@ from typing import Any, Literal
 
 @dataclass(frozen=True)
 class Aim:
-    """One number that a section promises to reach: at least `aim`, or at most."""
+    """One number that a section promises to reach: at least `aim`, or at most. A wish is no promise: what is hoped for
+    beyond one."""
 
     key: str
     text: str
@@ -14,6 +15,7 @@ class Aim:
     aim: float
     better: Literal["higher", "lower"]
     unit: str = ""
+    wish: bool = False
 
     @property
     def met(self) -> bool:

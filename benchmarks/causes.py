@@ -2,19 +2,28 @@
 
 CAUSES: dict[str, str] = {
     "engine_float32": (
-        "both sides spend most of their time in the same matrix products. Of Luthier's, three quarters is `aten::mm`, "
-        "12 % attention, the rest element-wise; it reaches about three quarters of a large product's speed, and TRL's "
-        "best, which since 1.16 computes its loss in chunks too, about 63 %. So 1.2 is most of what is left to win in "
-        "float32. Attention on CPU (`scaled_dot_product_flash_attention`) runs at a third of a product's speed."
+        "both sides spend most of their time in the same matrix products, of which float32 leaves little to win: TRL "
+        "computes its loss in chunks too since 1.16, and its best setting pads almost nothing."
     ),
     "engine_auto": (
-        "in bfloat16 the products are fast enough for the rest to show: 43 % is `aten::mm`, 35 % attention, whose CPU "
-        "kernel gains nothing from bfloat16, the rest element-wise."
+        "in bfloat16 the products are fast enough for the rest to show: attention on a CPU and what is element-wise, "
+        "which gain little from bfloat16 and which both sides have alike."
+    ),
+    "engine_wish": (
+        "in bfloat16 the products are fast enough for the rest to show, which both sides have alike; the table of "
+        "points tells what each part of the engine brings."
+    ),
+    "engine_memory": (
+        "micro-batches are cut by a budget of tokens that is larger than the peer's batches of padded rows, and "
+        "activations are all kept; the budget trades memory for speed."
+    ),
+    "engine_utilisation": (
+        "the roofline counts matrix products alone, at the speed of a large one; attention, norms, activations and the "
+        "optimizer's step take their time beside them, and the model's own products are smaller."
     ),
     "datasets_tokens": (
-        "this run shared its two cores with a test run. Before it, on a quieter machine and an earlier build, Luthier "
-        "made 2,411 rows/s, `map` 1,567 row by row and 2,598 by thousands. The tokenizer itself takes most of the time "
-        "of all three; Luthier's rendering proves masks, counts roles and looks for what is wrong on top."
+        "the tokenizer itself takes most of the time of all three; Luthier's rendering proves masks, counts roles and "
+        "looks for what is wrong on top, and reads the file within its time."
     ),
     "watch_live_p99": (
         "1,000 watchers that each get at most 20 messages a second are up to 20,000 writes a second, which with their "

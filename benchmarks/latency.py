@@ -42,6 +42,20 @@ def measure(*, quick: bool) -> Section:
     return Section(numbers, aims)
 
 
+def interleaved(jobs: int) -> tuple[list[float], list[float]]:
+    """Seconds of so many jobs from a warm trainer host, and of as many from nothing, in turn."""
+    warm, cold = [], []
+    with daemon("--warm", "on") as server:
+        with step("warming the trainer host"):
+            until(lambda: _host_is_warm(server), 120, "a warm trainer host")
+        for number in range(jobs):
+            server.upload(f"warm-{number}", seed=number)
+            with step(f"pair {number + 1} of {jobs}"):
+                warm.append(round(_first_step(server, f"warm-{number}"), 3))
+                cold += _cold(1)
+    return warm, cold
+
+
 def _first_step(server: Daemon, dataset: str, *, whole: bool = True) -> float:
     """Seconds; then the job goes on to its end, or is cancelled unless the `whole` of it is wanted."""
     begin = time.perf_counter()

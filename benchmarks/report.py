@@ -2,12 +2,13 @@
 
 import argparse
 import json
-from collections.abc import Iterable, Sequence
+from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
 
 from benchmarks.causes import cause
 from benchmarks.numbers import median
+from benchmarks.report_engine import cuda, engine, markdown, origin, points
 
 _HERE = Path(__file__).parent
 _RESULTS = _HERE / "results"
@@ -30,15 +31,36 @@ def with_large(result: dict[str, Any], parts: Path = _RESULTS / "parts") -> dict
     larger = {name: each for name, each in found.items() if each.get("datasets", {}).get("rows", 0) > rows}
     if not larger:
         return result
-    name = max(larger, key=lambda each: str(larger[each]["date"]))
-    part = larger[name]
+    name = _newest_of(larger)
     aims = [each for each in result["aims"] if not each["key"].startswith("datasets")]
-    origin = f"on {part['date'][:10]} at commit {part['machine']['commit'][:12]}, `parts/{name}`"
-    return result | {"datasets": part["datasets"] | {"origin": origin}, "aims": [*aims, *part["aims"]]}
+    return result | _part(larger[name], name, "datasets") | {"aims": [*aims, *_aims_of(larger[name], "datasets")]}
 
 
-def _origin(found: dict[str, Any]) -> str:
-    return f", measured apart ({found['origin']})" if "origin" in found else ""
+def with_apart(result: dict[str, Any], parts: Path = _RESULTS / "parts") -> dict[str, Any]:
+    """The result with the sections that no whole run has, points and cuda, of the newest of its parts that measured
+    them, and their aims."""
+    found = {path.name: json.loads(path.read_text()) for path in parts.glob("*.json")}
+    for section in ("points", "cuda"):
+        having = {name: each for name, each in found.items() if section in each}
+        if section in result or not having:
+            continue
+        name = _newest_of(having)
+        aims = [*result["aims"], *_aims_of(having[name], section)]
+        result = result | _part(having[name], name, section) | {"aims": aims}
+    return result
+
+
+def _newest_of(parts: dict[str, dict[str, Any]]) -> str:
+    return max(parts, key=lambda each: str(parts[each]["date"]))
+
+
+def _part(part: dict[str, Any], name: str, section: str) -> dict[str, Any]:
+    told = f"on {part['date'][:10]} at commit {part['machine']['commit'][:12]}, `parts/{name}`"
+    return {section: part[section] | {"origin": told}}
+
+
+def _aims_of(part: dict[str, Any], section: str) -> list[dict[str, Any]]:
+    return [each for each in part["aims"] if each["key"].startswith(section)]
 
 
 def page(result: dict[str, Any], source: str) -> str:
@@ -53,7 +75,9 @@ def page(result: dict[str, Any], source: str) -> str:
     parts += [
         write(result[name])
         for name, write in (
-            ("engine", _engine),
+            ("engine", engine),
+            ("points", points),
+            ("cuda", cuda),
             ("latency", _latency),
             ("server", _server),
             ("watch", _watch),
@@ -62,11 +86,6 @@ def page(result: dict[str, Any], source: str) -> str:
         if name in result
     ]
     return "\n".join(parts)
-
-
-def _table(header: Sequence[str], rows: Iterable[Sequence[str]]) -> str:
-    lines = [header, ["---", *["---:"] * (len(header) - 1)], *rows]
-    return "\n".join("| " + " | ".join(line) + " |" for line in lines) + "\n"
 
 
 def _machine(result: dict[str, Any]) -> str:
@@ -92,66 +111,20 @@ def _aims(aims: Sequence[dict[str, Any]]) -> str:
         (
             each["text"],
             f"{each['value']:.2f} {each['unit']}".strip(),
-            f"{_SIGNS[each['better']]} {each['aim']:g}",
-            "yes" if each["met"] else "**no**",
+            ("wish: " if each.get("wish") else "") + f"{_SIGNS[each['better']]} {each['aim']:g}",
+            "yes" if each["met"] else "no" if each.get("wish") else "**no**",
         )
         for each in aims
     ]
-    text = "## Aims\n\n" + _table(("aim", "measured", "aimed at", "met"), rows)
+    text = "## Aims\n\n" + markdown(("aim", "measured", "aimed at", "met"), rows)
     text += "\n### What falls short\n\n"
     missed = [
-        f"- {each['text']}: {cause(each['key']) or 'no cause is known yet.'}\n" for each in aims if not each["met"]
+        f"- {each['text']}{' (a wish)' if each.get('wish') else ''}: {cause(each['key']) or 'no cause is known yet.'}\n"
+        for each in aims
+        if not each["met"]
     ]
     text += "".join(missed) or "Nothing: every aim is met.\n"
     return text
-
-
-def _engine(found: dict[str, Any]) -> str:
-    work = found["work"]
-    rows = []
-    for each in found["contestants"]:
-        if not each["rounds"]:
-            rows.append((each["name"], f"did not run: {each['problem']}", "", "", "", "", ""))
-            continue
-        rows.append(
-            (
-                each["name"],
-                f"{each['tokens_per_second']:,.0f}",
-                f"{each['tokens_per_cpu_second']:,.0f}",
-                f"{each['roofline_tokens_per_second']:,.0f}",
-                f"{each['flops_utilisation']:.0%}",
-                f"{each['flops_utilisation_cpu']:.0%}",
-                _rounds(each),
-            )
-        )
-    ratios = [
-        (
-            f"{each['luthier']} / {each['peer']}",
-            f"{each['ratio']:.2f}",
-            f"{each['ratio_of_best_passes']:.2f}",
-            f"{each['ratio_cpu_time']:.2f}",
-            "quiet rounds" if each["quiet"] else "disturbed",
-            " ".join(f"{one:.2f}" for one in each["ratio_rounds"]),
-        )
-        for each in found["comparisons"]
-    ]
-    return (
-        "## Engine\n\n"
-        f"A random 28M-parameter Llama, LoRA r16 on all linears, whole passes over {work['rows']} of 600 chats "
-        f"({work['tokens']:,} tokens, {work['scored_tokens']:,} scored, {work['flops_per_token'] / 1e6:.0f} MFLOP a "
-        "token), 16 examples an optimizer step; medians of interleaved rounds, of the quiet ones if there are two (a "
-        "star: other processes used more than 0.2 cores meanwhile). Real tokens a second, padding not counted; set-up, "
-        "tokenising and a warm-up pass are not timed. The roofline is the speed at which the needed operations would "
-        "run as one large matrix product, measured just before each pass in the dtype that computes.\n\n"
-        + _table(("", "tokens/s", "per CPU second", "roofline", "reached", "in CPU time", "rounds"), rows)
-        + "\n"
-        + _table(("Luthier against TRL's best", "ratio", "best passes", "in CPU time", "median over", "rounds"), ratios)
-    )
-
-
-def _rounds(contestant: dict[str, Any]) -> str:
-    pairs = zip(contestant["rounds"], contestant["other_cores"], strict=True)
-    return " ".join(f"{speed:.0f}{'*' if others > 0.2 else ''}" for speed, others in pairs)
 
 
 def _latency(found: dict[str, Any]) -> str:
@@ -168,7 +141,7 @@ def _latency(found: dict[str, Any]) -> str:
         rows.append((name, f"{median(samples):.2f} s", f"{samples[0]:.2f}", f"{samples[-1]:.2f}", str(len(samples))))
     return (
         "## Latency of a job\n\nFrom CreateJob to the first StepCompleted at the client, `builtin/tiny`, each job on a "
-        "dataset not seen before.\n\n" + _table(("", "median", "least", "most", "jobs"), rows)
+        "dataset not seen before.\n\n" + markdown(("", "median", "least", "most", "jobs"), rows)
     )
 
 
@@ -187,7 +160,7 @@ def _server(found: dict[str, Any]) -> str:
         "## Server\n\n"
         f"From exec to SERVING {median(starts):.2f} s ({starts[0]:.2f} to {starts[-1]:.2f}, {len(starts)} starts). "
         f"Idle memory {memory['rss']:.0f} MiB resident (PSS {memory['pss']:.0f}, its own {memory['uss']:.0f}).\n\n"
-        + _table(("call", "p50", "p99", "calls/s"), calls)
+        + markdown(("call", "p50", "p99", "calls/s"), calls)
     )
 
 
@@ -210,7 +183,7 @@ def _watch(found: dict[str, Any]) -> str:
         "## Watching\n\nA finished job replayed, against a bare grpc.aio stream server that sends the same bytes from "
         "memory, one message an event. CPU microseconds an event are the server's / the watchers' (one process, "
         "messages not parsed).\n\n"
-        + _table(
+        + markdown(
             ("watchers x events", "Luthier, events/s", "bare, events/s", "ratio", "CPU, Luthier", "CPU, bare"), replay
         )
         + f"\nLive: {live['watchers']:,} watchers of a job that makes {live['events_per_second']:.0f} events a second "
@@ -218,7 +191,7 @@ def _watch(found: dict[str, Any]) -> str:
         f"{live['messages_per_second']:,.0f} messages a second; the server used {live['server_cores']:.2f} cores, the "
         f"watchers {live['client_cores']:.2f}). Time is counted from the event's own time, which is the trainer's and "
         "before the commit: an upper bound of commit to receipt. First to receipt is the fan-out alone.\n\n"
-        + _table(
+        + markdown(
             ("", *shares),
             [
                 ("report to receipt", *(f"{lag[each]:.0f} ms" for each in shares)),
@@ -259,18 +232,18 @@ def _datasets(found: dict[str, Any]) -> str:
     ratios = [f"{tokens[f'ratio_to_{key}']:.2f}" for key in keys]
     return (
         "## Datasets\n\n"
-        f"{found['rows']:,} chats as JSONL, {found['bytes'] / 1e6:,.0f} MB, made from a seed{_origin(found)}. MB are "
+        f"{found['rows']:,} chats as JSONL, {found['bytes'] / 1e6:,.0f} MB, made from a seed{origin(found)}. MB are "
         "10^6 bytes; memory is private memory, shared pages are not counted.\n\n"
-        + _table(("structural check, one core", "MB/s", "MB per CPU second", "rows/s", "most memory"), [checked])
+        + markdown(("structural check, one core", "MB/s", "MB per CPU second", "rows/s", "most memory"), [checked])
         + f"\nTokenising {tokens['rows']:,} of these rows with `builtin/tiny`: {tokens['tokens']:,} tokens of which "
         f"{tokens['trained_tokens']:,} are trained, the same for all. One process each, interleaved; `datasets` calls "
         "`apply_chat_template` for tokens and the mask of the assistant's. Imports and its loading of the file are not "
         f"timed. Luthier is {ratios[0]} times as fast as `map` row by row ({ratios[1]} with its loading) and "
         f"{ratios[2]} times as fast as with 1,000 rows a call ({ratios[3]} with its loading).\n\n"
-        + _table(("", "rows/s, median", "rounds"), tokenised)
+        + markdown(("", "rows/s, median", "rounds"), tokenised)
         + "\nUploads over loopback by the Python client, until the server begins to check the file. Seconds of "
         "processor time are the server's / the client's; memory is the server's idle, its most / the client's most.\n\n"
-        + _table(("", "hashing MB/s", "transfer MB/s", "both MB/s", "CPU s", "MB"), uploads)
+        + markdown(("", "hashing MB/s", "transfer MB/s", "both MB/s", "CPU s", "MB"), uploads)
         + f"\nWhen the client was killed half-way, a second one sent {resumed['sent_again_share']:.1%} of the bytes, "
         "and the dataset has the hash of the file.\n"
     )
@@ -282,7 +255,7 @@ def main() -> None:
     parser.add_argument("result", nargs="?", type=Path, help="a result file (default: the newest)")
     chosen = parser.parse_args().result or newest()
     _PAGE.parent.mkdir(exist_ok=True)
-    _PAGE.write_text(page(with_large(json.loads(chosen.read_text())), chosen.name))
+    _PAGE.write_text(page(with_apart(with_large(json.loads(chosen.read_text()))), chosen.name))
     print(f"wrote docs/{_PAGE.name} from {chosen.name}")
 
 

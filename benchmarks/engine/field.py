@@ -1,4 +1,4 @@
-"""The field: two worker processes and the work they share."""
+"""The field: the processes that train, and the work they share."""
 
 import contextlib
 import json
@@ -16,6 +16,7 @@ from benchmarks.engine.contestant import Contestant
 from benchmarks.engine.passes import Pass, Products
 
 _WARM_UP_ROWS = 4
+_JUDGE = "judge"
 
 
 class CannotRun(Exception):
@@ -23,16 +24,21 @@ class CannotRun(Exception):
 
 
 class Field:
-    """Runs contestants, one at a time: while one trains the other's process waits for its next request."""
+    """Runs contestants, one at a time: while one trains the others' processes wait for their next requests.
 
-    def __init__(self, work: Path) -> None:
+    Each has a process of its own, so that none sees what another loads or leaves in the allocator. `together`: all of
+    them have one, for passes that differ in a single thing.
+    """
+
+    def __init__(self, work: Path, *, together: bool = False) -> None:
         self._work = work
+        self._together = together
         self._workers: dict[str, subprocess.Popen[str]] = {}
         self._warm: set[Contestant] = set()
 
     def prepare(self) -> None:
         """Makes the model."""
-        self._ask("luthier", {"do": "model"})
+        self._ask(_JUDGE, {"do": "model"})
 
     def run(self, contestant: Contestant, rows: int) -> Pass:
         """A pass over `rows` rows; before a contestant's first one a short pass that is not measured.
@@ -44,26 +50,45 @@ class Field:
 
     def products(self, dtype: str) -> Products:
         """How fast large matrix products are now. Raises CannotRun."""
-        return Products(**self._ask("luthier", {"do": "products", "dtype": dtype}))
+        return Products(**self._ask(_JUDGE, {"do": "products", "dtype": dtype}))
 
-    def last_words(self, engine: str) -> list[str]:
-        """The last lines that an engine's worker printed."""
-        log = self._work / f"{engine}.log"
+    def retire(self, contestant: Contestant) -> None:
+        """Ends the process of one who takes no further part."""
+        worker = self._workers.pop(self._name(contestant), None)
+        if worker is not None:
+            _end(worker)
+
+    def last_words(self, contestant: Contestant) -> list[str]:
+        """The last lines that a contestant's worker printed."""
+        log = self._log(self._name(contestant))
         return log.read_text(errors="replace").splitlines()[-3:] if log.exists() else []
 
     def close(self) -> None:
         """Ends the workers."""
         for worker in self._workers.values():
-            worker.kill()
-            worker.wait()
+            _end(worker)
+
+    def _name(self, contestant: Contestant) -> str:
+        if self._together:
+            return "together"
+        return contestant.name.replace(", ", "-").replace(" ", "-").lower()
+
+    def _log(self, name: str) -> Path:
+        return self._work / f"{name}.log"
 
     def _pass(self, contestant: Contestant, rows: int) -> Pass:
         chosen = workload.sample(rows)
         path = self._work / f"rows-{rows}-{contestant.ordered}.jsonl"
         if not path.exists():
             workload.write_rows(path, sorted(chosen, key=lambda each: -each.tokens) if contestant.ordered else chosen)
-        request = {"do": "pass", "contestant": asdict(contestant), "path": path.name, "rows": rows}
-        done = Pass(**self._ask(contestant.engine, request))
+        request = {
+            "do": "pass",
+            "contestant": asdict(contestant),
+            "path": path.name,
+            "rows": rows,
+            "loaded_anew": self._together,
+        }
+        done = Pass(**self._ask(self._name(contestant), request))
         tokens, scored = sum(each.tokens for each in chosen), sum(each.scored for each in chosen)
         if (done.tokens, done.scored) != (tokens, scored):
             raise CannotRun(
@@ -71,30 +96,30 @@ class Field:
             )
         return done
 
-    def _ask(self, engine: str, request: dict[str, Any]) -> dict[str, Any]:
-        worker = self._workers.get(engine)
+    def _ask(self, name: str, request: dict[str, Any]) -> dict[str, Any]:
+        worker = self._workers.get(name)
         if worker is None or worker.poll() is not None:
-            worker = self._workers[engine] = self._start(engine)
+            worker = self._workers[name] = self._start(name)
         assert worker.stdin is not None and worker.stdout is not None
         worker.stdin.write(json.dumps(request) + "\n")
         worker.stdin.flush()
         line = worker.stdout.readline()
         if not line:
-            raise CannotRun(f"the worker of {engine} died with code {worker.wait()}")
+            raise CannotRun(f"the worker {name} died with code {worker.wait()}")
         answer: dict[str, Any] = json.loads(line)
         if "error" in answer:
             raise CannotRun(answer["error"])
         return answer
 
-    def _start(self, engine: str) -> "subprocess.Popen[str]":
+    def _start(self, name: str) -> "subprocess.Popen[str]":
         environment = os.environ | {
-            # What Luthier's trainers set (waiting threads sleep), for both.
+            # What Luthier's trainers set (waiting threads sleep), for all.
             "OMP_WAIT_POLICY": os.environ.get("OMP_WAIT_POLICY", "PASSIVE"),
             "HF_HUB_OFFLINE": "1",
             "TOKENIZERS_PARALLELISM": "false",
             "HF_DATASETS_CACHE": str(self._work / "datasets"),
         }
-        with open(self._work / f"{engine}.log", "ab") as log:
+        with open(self._log(name), "ab") as log:
             return subprocess.Popen(
                 [sys.executable, "-m", "benchmarks.engine.worker", str(self._work)],
                 stdin=subprocess.PIPE,
@@ -105,11 +130,16 @@ class Field:
             )
 
 
+def _end(worker: "subprocess.Popen[str]") -> None:
+    worker.kill()
+    worker.wait()
+
+
 @contextlib.contextmanager
-def field(work: Path) -> Iterator[Field]:
+def field(work: Path, *, together: bool = False) -> Iterator[Field]:
     """A field in the directory `work`, with its model made."""
     work.mkdir(parents=True, exist_ok=True)
-    made = Field(work)
+    made = Field(work, together=together)
     try:
         with step("making the model"):
             made.prepare()

@@ -5,8 +5,10 @@ import shutil
 from pathlib import Path
 
 from benchmarks.engine import workload
+from benchmarks.engine.clock import Watch
 from benchmarks.engine.contestant import EXAMPLES_PER_STEP, Contestant
 from benchmarks.engine.passes import Pass, Stopwatch
+from benchmarks.engine.points import switched_off
 from luthier.trainer.v1.report_pb2 import Finished
 from luthier.trainer.v1.task_pb2 import BaseModelSource, DatasetSource, TrainerTask
 from luthier.v1 import event_pb2, job_pb2
@@ -21,11 +23,11 @@ _DTYPES = {
 }
 
 
-class _Clock:
+class PlanClock:
     """A reporter that times from the plan, which ends the set-up, to the last step."""
 
-    def __init__(self) -> None:
-        self.watch = Stopwatch()
+    def __init__(self, watch: Watch) -> None:
+        self.watch = watch
         self.tokens = 0
         self.losses: list[float] = []
         self.plan = event_pb2.PlanResolved()
@@ -45,11 +47,13 @@ def run(contestant: Contestant, model_dir: Path, rows: Path, count: int, work: P
     """One epoch over the rows, `count` of them."""
     out = work / "luthier"
     shutil.rmtree(out, ignore_errors=True)
-    clock = _Clock()
-    end = sft.train(_task(contestant, model_dir, rows, count, out), clock, NoControl())
+    watch = Stopwatch()
+    clock = PlanClock(watch)
+    with switched_off(contestant.without):
+        end = sft.train(task(model_dir, rows, count, out, dtype=_DTYPES[contestant.dtype]), clock, NoControl())
     assert isinstance(end, Finished), end
     return Pass(
-        **clock.watch.times,
+        **watch.times,
         tokens=clock.tokens,
         scored=sum(each.scored for each in workload.sample(count)),
         steps=len(clock.losses),
@@ -58,25 +62,42 @@ def run(contestant: Contestant, model_dir: Path, rows: Path, count: int, work: P
     )
 
 
-def _task(contestant: Contestant, model_dir: Path, rows: Path, count: int, out: Path) -> TrainerTask:
-    task = job_pb2.FineTuneTask(
+def task(
+    model_dir: Path,
+    rows: Path,
+    count: int,
+    out: Path,
+    *,
+    dtype: job_pb2.Dtype.ValueType,
+    batch_size: int = EXAMPLES_PER_STEP,
+    max_length: int = workload.MAX_LENGTH,
+    quantization: job_pb2.LoraQuantization.ValueType = job_pb2.LORA_QUANTIZATION_NONE,
+) -> TrainerTask:
+    """One epoch over the `count` rows of a file, as the server would ask for it."""
+    tuned = job_pb2.FineTuneTask(
         base_model="benchmark",
         training_dataset="chats",
         sft=job_pb2.Sft(),
-        lora=job_pb2.Lora(rank=workload.RANK, alpha=2.0 * workload.RANK, dropout=0.0, target_modules=["all-linear"]),
+        lora=job_pb2.Lora(
+            rank=workload.RANK,
+            alpha=2.0 * workload.RANK,
+            dropout=0.0,
+            target_modules=["all-linear"],
+            quantization=quantization,
+        ),
         hyperparameters=job_pb2.Hyperparameters(
-            batch_size=EXAMPLES_PER_STEP,
+            batch_size=batch_size,
             learning_rate=2e-4,
             weight_decay=0.0,
             lr_scheduler=job_pb2.LR_SCHEDULER_COSINE,
             warmup_steps=0,
             max_grad_norm=1.0,
             epochs=1.0,
-            max_length=workload.MAX_LENGTH,
+            max_length=max_length,
             seed=0,
             attn_implementation="auto",
             log_every=1,
-            dtype=_DTYPES[contestant.dtype],
+            dtype=dtype,
             adam_beta1=0.9,
             adam_beta2=0.999,
             adam_epsilon=1e-8,
@@ -86,7 +107,7 @@ def _task(contestant: Contestant, model_dir: Path, rows: Path, count: int, out: 
     return TrainerTask(
         job_id="job_benchmark",
         attempt=1,
-        spec=job_pb2.JobSpec(fine_tune=task),
+        spec=job_pb2.JobSpec(fine_tune=tuned),
         base_model=BaseModelSource(location=str(model_dir)),
         training_dataset=DatasetSource(
             path=str(rows), name="chats@1", sha256=hashlib.sha256(rows.read_bytes()).hexdigest(), rows=count

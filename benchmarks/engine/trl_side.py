@@ -7,27 +7,13 @@ from typing import Any
 import datasets
 import torch
 from peft import LoraConfig
-from transformers import AutoModelForCausalLM, AutoTokenizer, TrainerCallback
+from transformers import AutoModelForCausalLM, AutoTokenizer
 from trl import SFTConfig, SFTTrainer  # type: ignore[attr-defined]
 
 from benchmarks.engine import workload
+from benchmarks.engine.clock import TrainerClock
 from benchmarks.engine.contestant import Contestant
 from benchmarks.engine.passes import Pass, Stopwatch
-
-
-class _Clock(TrainerCallback):
-    """Times from where training begins to the end of its last step: set-up and the end do not count."""
-
-    def __init__(self) -> None:
-        self.watch = Stopwatch()
-        self.steps = 0
-
-    def on_train_begin(self, *args: Any, **inside: Any) -> None:
-        self.watch.start()
-
-    def on_step_end(self, *args: Any, **inside: Any) -> None:
-        self.watch.lap()
-        self.steps += 1
 
 
 def run(contestant: Contestant, model_dir: Path, rows: Path, work: Path) -> Pass:
@@ -61,7 +47,8 @@ def run(contestant: Contestant, model_dir: Path, rows: Path, work: Path) -> Pass
         seed=0,
     )
     lora = LoraConfig(r=workload.RANK, lora_alpha=2 * workload.RANK, target_modules="all-linear", task_type="CAUSAL_LM")
-    clock = _Clock()
+    watch = Stopwatch()
+    clock = TrainerClock(watch)
     trainer = SFTTrainer(
         model=model,
         args=arguments,
@@ -70,10 +57,10 @@ def run(contestant: Contestant, model_dir: Path, rows: Path, work: Path) -> Pass
         peft_config=lora,
         callbacks=[clock],
     )
-    tokens, scored = _count(trainer.train_dataset)
+    tokens, scored = count(trainer.train_dataset)
     result = trainer.train()
     return Pass(
-        **clock.watch.times,
+        **watch.times,
         tokens=tokens,
         scored=scored,
         steps=clock.steps,
@@ -82,7 +69,7 @@ def run(contestant: Contestant, model_dir: Path, rows: Path, work: Path) -> Pass
     )
 
 
-def _count(rows: Any) -> tuple[int, int]:
+def count(rows: Any) -> tuple[int, int]:
     """(real tokens, scored tokens) of what TRL made of the rows, packed or not."""
     tokens = sum(len(each) for each in rows["input_ids"])
     if "labels" in rows.column_names:

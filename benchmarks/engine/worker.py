@@ -1,10 +1,11 @@
-"""A process that trains on request: one for Luthier and one for TRL, so that neither sees what the other loads.
+"""A process that trains on request, for one contestant, so that it sees nothing of what another one loads.
 
 A request is a line of JSON on standard input, an answer a line on standard output; what libraries print goes to
 standard error.
 """
 
 import dataclasses
+import importlib
 import json
 import os
 import sys
@@ -12,8 +13,9 @@ import time
 from pathlib import Path
 from typing import Any
 
-from benchmarks.engine import workload
+from benchmarks.engine import memory, workload
 from benchmarks.engine.contestant import Contestant
+from benchmarks.engine.passes import Pass
 
 
 def _products(dtype_name: str, size: int = 2048, seconds: float = 0.4) -> dict[str, float]:
@@ -33,33 +35,45 @@ def _products(dtype_name: str, size: int = 2048, seconds: float = 0.4) -> dict[s
     return {"per_second": work / best, "per_cpu_second": work / best_cpu}
 
 
-def _answer(request: dict[str, Any], work: Path) -> dict[str, Any]:
-    if request["do"] == "model":
-        workload.write_model(work / "model")
-        return {}
-    if request["do"] == "products":
-        return _products(request["dtype"])
-    contestant = Contestant(**request["contestant"])
-    rows = work / request["path"]
-    if contestant.engine == "luthier":
-        from benchmarks.engine import luthier_side
+class _Worker:
+    """Answers requests in the directory `work`. What the loaded process has resident is noted once everything is
+    imported; when a request says `loaded_anew`, before each pass."""
 
-        done = luthier_side.run(contestant, work / "model", rows, request["rows"], work)
-    else:
-        from benchmarks.engine import trl_side
+    def __init__(self, work: Path) -> None:
+        self._work = work
+        self._loaded = 0
 
-        done = trl_side.run(contestant, work / "model", rows, work)
-    return dataclasses.asdict(done)
+    def answer(self, request: dict[str, Any]) -> dict[str, Any]:
+        """What the request asks for."""
+        if request["do"] == "model":
+            workload.write_model(self._work / "model")
+            return {}
+        if request["do"] == "products":
+            return _products(request["dtype"])
+        done = self._pass(Contestant(**request["contestant"]), request)
+        return dataclasses.asdict(dataclasses.replace(done, loaded_resident=self._loaded))
+
+    def _pass(self, contestant: Contestant, request: dict[str, Any]) -> Pass:
+        side = importlib.import_module(f"benchmarks.engine.{contestant.engine}_side")
+        memory.settle()
+        if not self._loaded or request["loaded_anew"]:
+            self._loaded = memory.resident()
+        rows, model = self._work / request["path"], self._work / "model"
+        if contestant.engine == "luthier":
+            done: Pass = side.run(contestant, model, rows, request["rows"], self._work)
+        else:
+            done = side.run(contestant, model, rows, self._work)
+        return done
 
 
 def main() -> None:
     """Answers until standard input ends."""
-    work = Path(sys.argv[1])
+    worker = _Worker(Path(sys.argv[1]))
     answers = os.fdopen(os.dup(1), "w")
     os.dup2(2, 1)
     for line in sys.stdin:
         try:
-            answer = _answer(json.loads(line), work)
+            answer = worker.answer(json.loads(line))
         except Exception as error:
             import traceback
 

@@ -35,6 +35,7 @@ _MEDIAN_TOKENS = 180
 _SIGMA = 0.8
 _SHORTEST = 24
 _GROUP = 8
+END_OF_TURN = _SPECIAL.index("<|im_end|>")
 _TURN_TOKENS = 3  # <|im_start|>, the role, <|im_end|>; newlines are not tokens
 
 
@@ -71,15 +72,24 @@ def sample(count: int) -> list[Chat]:
 
 
 def _chat(draw: random.Random) -> Chat:
-    length = min(max(round(draw.lognormvariate(0, _SIGMA) * _MEDIAN_TOKENS), _SHORTEST), MAX_LENGTH)
+    return chat(draw, log_normal(draw, _MEDIAN_TOKENS, MAX_LENGTH), VOCABULARY)
+
+
+def log_normal(draw: random.Random, median: int, most: int) -> int:
+    """A length around the median, at least 24 tokens and at most `most`."""
+    return min(max(round(draw.lognormvariate(0, _SIGMA) * median), _SHORTEST), most)
+
+
+def chat(draw: random.Random, length: int, vocabulary: int) -> Chat:
+    """A chat of `length` tokens from a vocabulary of so many words."""
     exchanges = min(draw.choice((1, 1, 2, 3)), max(1, length // 40))
     words = length - 2 * exchanges * _TURN_TOKENS
     answered = max(exchanges, round(words * draw.uniform(0.55, 0.75)))
     asked = words - answered
     messages: list[tuple[str, str]] = []
     for index in range(exchanges):
-        messages.append(("user", _text(draw, _part(asked, exchanges, index))))
-        messages.append(("assistant", _text(draw, _part(answered, exchanges, index))))
+        messages.append(("user", _text(draw, _part(asked, exchanges, index), vocabulary)))
+        messages.append(("assistant", _text(draw, _part(answered, exchanges, index), vocabulary)))
     return Chat(tuple(messages), length, answered + exchanges)
 
 
@@ -87,8 +97,8 @@ def _part(total: int, parts: int, index: int) -> int:
     return total * (index + 1) // parts - total * index // parts
 
 
-def _text(draw: random.Random, words: int) -> str:
-    return " ".join(f"w{draw.randrange(VOCABULARY - len(_SPECIAL))}" for _ in range(words))
+def _text(draw: random.Random, words: int, vocabulary: int) -> str:
+    return " ".join(f"w{draw.randrange(vocabulary - len(_SPECIAL))}" for _ in range(words))
 
 
 def write_rows(path: Path, rows: Iterable[Chat]) -> None:
@@ -99,15 +109,14 @@ def write_rows(path: Path, rows: Iterable[Chat]) -> None:
     path.write_text("\n".join(lines) + "\n")
 
 
-def write_model(folder: Path) -> None:
-    """The model and its tokenizer."""
-    import torch
+def write_tokenizer(folder: Path, vocabulary: int = VOCABULARY) -> None:
+    """The tokenizer of a vocabulary of so many words."""
     from tokenizers import AddedToken, Tokenizer
     from tokenizers.models import WordLevel
     from tokenizers.pre_tokenizers import WhitespaceSplit
-    from transformers import LlamaConfig, LlamaForCausalLM, PreTrainedTokenizerFast
+    from transformers import PreTrainedTokenizerFast
 
-    words = [*_SPECIAL, *(f"w{number}" for number in range(VOCABULARY - len(_SPECIAL)))]
+    words = [*_SPECIAL, *(f"w{number}" for number in range(vocabulary - len(_SPECIAL)))]
     backend = Tokenizer(WordLevel({word: index for index, word in enumerate(words)}, unk_token="<|unk|>"))
     backend.pre_tokenizer = WhitespaceSplit()
     backend.add_special_tokens([AddedToken(each, special=True, normalized=False) for each in _SPECIAL[:4]])
@@ -116,6 +125,14 @@ def write_model(folder: Path) -> None:
     )
     tokenizer.chat_template = _TEMPLATE
     tokenizer.save_pretrained(folder)
+
+
+def write_model(folder: Path) -> None:
+    """The model and its tokenizer."""
+    import torch
+    from transformers import LlamaConfig, LlamaForCausalLM
+
+    write_tokenizer(folder)
     torch.manual_seed(SEED)
     config = LlamaConfig(
         hidden_size=HIDDEN,
@@ -127,7 +144,7 @@ def write_model(folder: Path) -> None:
         max_position_embeddings=MAX_LENGTH,
         tie_word_embeddings=True,
         bos_token_id=None,
-        eos_token_id=_SPECIAL.index("<|im_end|>"),
+        eos_token_id=END_OF_TURN,
         pad_token_id=0,
     )
     LlamaForCausalLM(config).save_pretrained(folder)

@@ -11,8 +11,8 @@ from luthier_server.store.datasets import Dataset
 
 @dataclass(frozen=True, slots=True)
 class Resolved:
-    """A job that may be created: its spec with every default, and what that names. reasons: why rules decided numbers as
-    they did."""
+    """A job that may be created: its spec with every default, and what that names. reasons: why rules decided numbers
+    as they did."""
 
     spec: JobSpec
     base: ModelReport

@@ -3,24 +3,44 @@
 import hashlib
 import json
 import sys
+from dataclasses import asdict, replace
 from pathlib import Path
 from typing import Any
 
 import pytest
+import torch
+from transformers import LlamaForCausalLM
 
 sys.path.insert(0, str(Path(__file__).parents[2]))
 
 from benchmarks import choose_peer, datasets_check, datasets_rows, machine, report
 from benchmarks.aims import Aim
-from benchmarks.engine import peer, workload
+from benchmarks.cuda import cells, models, rows, side
+from benchmarks.cuda import section as cuda_section
+from benchmarks.cuda.shapes import SHAPES
+from benchmarks.engine import luthier_side, memory, peer, points, points_section, section, standings, workload
 from benchmarks.engine.contestant import EXAMPLES_PER_STEP, Contestant
 from benchmarks.engine.flops import training_flops
+from benchmarks.engine.passes import Pass, Stopwatch
 from benchmarks.load.bare import read_events, write_events
 from benchmarks.load.watchers import _lags
 from benchmarks.numbers import quantile
 from luthier.trainer.v1.task_pb2 import DatasetSource
 from luthier.v1.event_pb2 import JobEvent
 from luthier.v1.fine_tuning_pb2 import WatchJobResponse
+from luthier.v1.job_pb2 import DTYPE_FLOAT32
+from luthier_trainer import plan, sft
+from luthier_trainer.control import NoControl
+
+
+@pytest.fixture(scope="module")
+def small_model(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """A tiny Llama with the benchmark's tokenizer."""
+    folder = tmp_path_factory.mktemp("model")
+    shape = replace(SHAPES["tiny"], vocabulary=workload.VOCABULARY)
+    models.write_description(folder, shape, workload.MAX_LENGTH)
+    LlamaForCausalLM(models.config(shape, workload.MAX_LENGTH)).save_pretrained(folder)
+    return folder
 
 
 def test_the_rows_are_the_same_on_every_machine() -> None:
@@ -183,3 +203,183 @@ def test_the_page_has_the_largest_datasets_that_were_measured(tmp_path: Path) ->
     assert found["datasets"]["rows"] == 9
     assert [each["text"] for each in found["aims"]] == ["exec to SERVING", "9 rows"]
     assert report.with_large(measured(10), tmp_path) == measured(10)
+
+
+def _pass(seconds: float, *, peak: int = 0, others: float = 0.0, cpu: float = 0.0) -> Pass:
+    return Pass(seconds, cpu or 2 * seconds, others, 1000, 600, 1, 9.0, "bfloat16", peak, 100 if peak else 0)
+
+
+def test_peak_memory_is_what_a_pass_takes_and_gives_back() -> None:
+    memory.settle()
+    memory.forget_peak()
+    before = memory.resident()
+    taken = bytearray(b"x") * 2**26
+    held = memory.resident()
+    del taken
+    assert held - before == pytest.approx(2**26, rel=0.1)
+    assert memory.peak() - before == pytest.approx(2**26, rel=0.1)
+    assert memory.resident() - before < 2**25
+    assert _pass(1.0, peak=700).peak_bytes == 600
+    assert _pass(1.0).peak_bytes == 0
+
+
+def test_who_is_much_slower_after_the_first_round_does_not_go_on() -> None:
+    seconds = {1: 1.0, 2: 1.05, 4: 1.09, 8: 1.5}
+    entries = [
+        standings.Entry(Contestant("trl", "float32", "default", batch), {1: _pass(seconds[batch])}) for batch in seconds
+    ]
+    entries.append(standings.Entry(Contestant("trl", "float32", "packing", 1), problem="it died"))
+    assert [each.contestant.batch for each in standings.going_on(entries, 2)] == [1, 2]
+    assert [each.contestant.batch for each in standings.going_on(entries, 9)] == [1, 2, 4]
+    assert standings.going_on(entries[4:], 2) == []
+
+
+def test_luthier_is_compared_with_the_best_of_those_who_ran_every_round() -> None:
+    ours = standings.Entry(section.AUTO, {n: _pass(1.0, peak=600) for n in (1, 2, 3)})
+    lucky = standings.Entry(peer.FLOAT32[0], {1: _pass(1.5, peak=200)})
+    slow = standings.Entry(peer.FLOAT32[1], {n: _pass(3.0, peak=300) for n in (1, 2, 3)})
+    best = standings.Entry(peer.BFLOAT16[0], {n: _pass(2.0, peak=1100) for n in (1, 2, 3)})
+    found = standings.against(ours, [lucky, slow, best], "auto")
+    assert found is not None
+    assert found["peer"] == peer.BFLOAT16[0].name
+    assert (found["ratio"], found["ratio_cpu_time"], found["quiet"]) == (2.0, 2.0, True)
+    assert found["peak_mib"] == [0.0, 0.0]
+    assert standings.against(ours, [], "auto") is None
+
+
+def test_no_peer_is_tried_in_bfloat16_where_its_products_are_slow() -> None:
+    fast, slow = section._groups(2.0, quick=False), section._groups(0.3, quick=False)
+    assert {each.contestant.dtype for each in slow.everybody} == {"float32", "auto"}
+    assert [each.contestant for each in fast.auto] == [section.AUTO, *peer.BFLOAT16]
+    assert len({each.contestant.name for each in fast.everybody}) == len(fast.everybody)
+
+
+def test_what_a_switch_replaces_is_back_when_it_ends() -> None:
+    assert len({each.key for each in points.POINTS}) == len(points.POINTS)
+    original = plan.bfloat16_gain
+    with points.switched_off("dtype"):
+        assert plan.bfloat16_gain(64, 64) == 1.0
+    assert plan.bfloat16_gain is original
+    with pytest.raises(AttributeError), points.replaced("luthier_trainer.plan", "no_such_thing", lambda _: None):
+        pass
+
+
+def test_without_a_point_the_engine_trains_the_same_tokens_to_the_same_loss(small_model: Path, tmp_path: Path) -> None:
+    chats = workload.sample(8)[:3]
+    workload.write_rows(tmp_path / "rows.jsonl", chats)
+
+    def loss(without: str) -> float:
+        out = tmp_path / "out" / (without or "as it is")
+        asked = luthier_side.task(small_model, tmp_path / "rows.jsonl", 3, out, dtype=DTYPE_FLOAT32)
+        clock = luthier_side.PlanClock(Stopwatch())
+        with points.switched_off(without):
+            sft.train(asked, clock, NoControl())
+        assert clock.tokens == sum(each.tokens for each in chats)
+        return clock.losses[0]
+
+    expected = loss("")
+    for point in points.POINTS:
+        if point.key not in ("no-sync", "no-compile"):  # they need a GPU, or a minute
+            assert loss(point.key) == pytest.approx(expected, rel=1e-5), point.key
+
+
+def test_a_points_ratio_is_the_median_of_its_pairs() -> None:
+    pairs = [(_pass(1.0, peak=2**20 + 100), _pass(seconds, peak=2**21 + 100)) for seconds in (2.0, 3.0, 9.0)]
+    found = points_section.compared(pairs)
+    assert found["ratio"] == 3.0
+    assert found["peak_mib"] == [1.0, 2.0]
+    assert found["ratio_rounds"] == [2.0, 3.0, 9.0]
+
+
+def test_the_shapes_have_the_weights_of_their_namesakes() -> None:
+    assert SHAPES["1B"].parameters == 1_235_814_400
+    assert SHAPES["8B"].parameters == 8_030_261_248
+    operations = SHAPES["8B"].operations
+    assert operations.per_token + operations.per_scored == pytest.approx(4 * (8.03e9 - 0.525e9) + 6 * 41.9e6, rel=0.01)
+
+
+def test_a_cells_steps_have_their_tokens_for_every_setting() -> None:
+    every = cells.cells()
+    assert len({each.name for each in every}) == len(every)
+    for cell in every:
+        for setting in cells.settings(cell, flash=True):
+            if not setting.packing:
+                assert setting.batch * cells.accumulation(cell, setting) == cell.rows_per_step
+    full = cells.Cell("tiny", "lora", 128, step_tokens=512)
+    assert [each.tokens for each in rows.rows(full, 2, 512)] == [128] * 8
+    chats = rows.rows(cells.Cell("tiny", "lora", 128, "chats", 512), 1, 512)
+    assert len(chats) == 16
+    assert max(each.tokens for each in chats) <= 128
+
+
+def test_a_cell_is_measured_on_a_model_that_was_never_saved() -> None:
+    found = side.measure("luthier", cells.Cell("tiny", "lora", 64, step_tokens=128), torch.device("cpu"))
+    assert found["problem"] == ""
+    assert found["tokens"] == 64 * 2 * cells.STEPS
+    assert found["steps"] == cells.STEPS
+    assert found["tokens_per_second"] > 0
+    failed = side.measure("no such engine", cells.Cell("tiny", "lora", 64, step_tokens=128), torch.device("cpu"))
+    assert "unsloth" in failed["problem"]
+
+
+def test_the_speed_on_cuda_is_an_aim_on_the_device_it_was_set_for() -> None:
+    def measured(tokens_per_second: float) -> dict[str, Any]:
+        return {"problem": "", "tokens_per_second": tokens_per_second}
+
+    cell = asdict(cells.Cell("8B", "lora", 4096))
+    found = [{"cell": cell, "name": "8B", "engines": {"luthier": measured(16_000.0), "trl": measured(8_000.0)}}]
+    speed, ratio = cuda_section.aims(found, "NVIDIA H200")
+    assert (speed.met, speed.wish, ratio.value, ratio.met) == (True, False, 2.0, True)
+    assert cuda_section.aims(found, "NVIDIA H100")[0].wish
+    assert cuda_section.aims([], "NVIDIA H200") == ()
+
+
+def test_the_page_tells_wishes_from_aims_and_has_the_parts_that_were_measured_apart(tmp_path: Path) -> None:
+    pairs = [(_pass(1.0, peak=2**20 + 100), _pass(2.0, peak=2**21 + 100))]
+    described = {"number": 1, "key": "documents", "engine": "attention per document", "instead": "padded batches"}
+    lacking = {"number": 8, "key": "no-sync", "engine": "no host sync", "instead": "a sync", "problem": "no GPU"}
+    part = {
+        "date": "2026-01-02T00:00:00",
+        "machine": machine.describe(),
+        "points": {
+            "work": {"rows": 4, "tokens": 700},
+            "points": [described | points_section.compared(pairs), lacking],
+            "warm_start": {"warm_seconds": [0.5], "cold_seconds": [4.0], "ratio": 8.0},
+        },
+        "aims": [],
+    }
+    reached = {"problem": "", "setting": "batch 1", "tokens_per_second": 9.0, "flops_utilisation": 0.5, "peak_gib": 1.0}
+    other = part | {
+        "cuda": {
+            "device": "NVIDIA H200",
+            "libraries": {"flash_attn": True},
+            "cells": [{"name": "8B", "engines": {"luthier": reached, "trl": {"problem": "out of memory"}}}],
+        },
+        "aims": [Aim("cuda_speed", "8B", 9.0, 15_000.0, "higher", "tokens/s").to_json()],
+    }
+    del other["points"]
+    (tmp_path / "points.json").write_text(json.dumps(part))
+    (tmp_path / "cuda.json").write_text(json.dumps(other))
+    result = report.with_apart(
+        {
+            "date": "2026-01-01",
+            "seconds": 1,
+            "machine": machine.describe(),
+            "load_before": [0.0],
+            "load_after": [0.0],
+            "aims": [Aim("engine_wish", "twice TRL's best", 1.7, 2.0, "higher", wish=True).to_json()],
+        },
+        tmp_path,
+    )
+    text = report.page(result, "x.json")
+    assert "| twice TRL's best | 1.70 | wish: at least 2 | no |" in text
+    assert "| 8B | 9.00 tokens/s | at least 15000 | **no** |" in text
+    assert "| 1. attention per document | padded batches | 1,000 | 500 | 2.00 | 2.00 | 1 / 2 |" in text
+    assert "8.0 times as long" in text
+    assert "- 8, no host sync: no GPU" in text
+    assert "- 8B, trl: out of memory" in text
+
+
+def test_the_newest_recorded_result_can_be_read() -> None:
+    recorded = report.newest()
+    assert "## Engine" in report.page(report.with_apart(json.loads(recorded.read_text())), recorded.name)
