@@ -15,7 +15,7 @@ from torch import nn
 from transformers import AutoModelForCausalLM, AutoTokenizer, PreTrainedModel
 
 from luthier.trainer.v1.task_pb2 import BaseModelSource
-from luthier_trainer import inspect, lora, plan, rope, sft
+from luthier_trainer import inspect, lora, plan, rope, sft, speedups
 from luthier_trainer import loss as loss_module
 from luthier_trainer.batches import Batches
 from luthier_trainer.config import LoraSettings
@@ -74,7 +74,7 @@ def accumulate(forward: Forward, budget: int) -> float:
 def check_loss_and_gradients(family: Family, model: PreTrainedModel, root: nn.Module) -> None:
     """The engine against each row alone through the module itself."""
     expected_loss, expected = plain_gradients(root, rows(*LENGTHS))
-    lora.speed_up(root)
+    speedups.speed_up(root)
     forward = way(family, model)
     for budget in (WHOLE, CUT):
         assert accumulate(forward, budget) == pytest.approx(expected_loss, rel=family.tolerance)

@@ -7,7 +7,7 @@ import torch
 from fidelity.tiny import gemma2, gradients, largest_error, llama, plain_gradients, rows, with_lora
 from transformers import MixtralConfig, MixtralForCausalLM, PreTrainedModel
 
-from luthier_trainer import lora
+from luthier_trainer import speedups
 from luthier_trainer.batches import Batches
 from luthier_trainer.flatten import flattened, padded, scored_tokens
 from luthier_trainer.forward import DOCUMENTS, Forward, set_attention
@@ -65,7 +65,7 @@ def test_packed_gradients_equal_those_of_every_row_alone(
     model = make(dtype)
     root: torch.nn.Module = with_lora(model).root if adapted else model.requires_grad_(True)
     expected_loss, expected = plain_gradients(root, rows(*LENGTHS))
-    lora.speed_up(root)
+    speedups.speed_up(root)
     forward, _ = choose_forward(model, "auto", max(LENGTHS))
     assert forward.documents
     loss, found = engine_gradients(forward, root, budget=1000)
@@ -77,7 +77,7 @@ def test_packed_gradients_equal_those_of_every_row_alone(
 def test_no_token_budget_changes_loss_or_gradient(attention: str) -> None:
     model = llama()
     trained = with_lora(model)
-    lora.speed_up(model)
+    speedups.speed_up(model)
     forward, _ = choose_forward(model, attention, max(LENGTHS))
     assert forward.documents == (attention == "auto")
     expected_loss, expected = engine_gradients(forward, trained.root, budget=1000)

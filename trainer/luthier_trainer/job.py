@@ -12,7 +12,7 @@ from transformers import PreTrainedTokenizerBase
 
 from luthier.trainer.v1.task_pb2 import BaseModelSource, DatasetSource, TrainerTask
 from luthier.v1 import event_pb2, job_pb2, tokenization_pb2
-from luthier_trainer import checkpoint, durable, lora, rope
+from luthier_trainer import checkpoint, durable, rope, speedups
 from luthier_trainer.batches import Batches
 from luthier_trainer.config import Places, Settings
 from luthier_trainer.data.masks.render import prompt_ids
@@ -181,7 +181,7 @@ def set_up(task: TrainerTask, settings: Settings, places: Places, reporter: Repo
 
     trained = _load_trained(task, settings, compute, places.resume_from)
     masters = Masters(trained.root, compute.dtype, cast_frozen=settings.lora is None)
-    lora.speed_up(trained.causal_lm)
+    speedups.speed_up(trained.causal_lm)
     generation_attention = trained.causal_lm.config._attn_implementation
     forward, notes = choose_forward(trained.causal_lm, settings.attention, tokens.options.max_length)
     notes += choose_blocks(forward, compute, resumed.plan if resumed else None)

@@ -1,13 +1,51 @@
 """The adapters: PEFT's modules and files, with a faster product inside."""
 
 import types
-from typing import Any
+from typing import Any, NamedTuple
 
 import torch
 import torch.nn.functional as F
 from peft.tuners.lora import Linear as LoraLinear
 from torch import nn
 from transformers.pytorch_utils import Conv1D
+
+
+def low_rank_gradients(
+    d_result: torch.Tensor, low: torch.Tensor, b: torch.Tensor, scaling: float
+) -> tuple[torch.Tensor, torch.Tensor]:
+    """The gradients of low [n, r] and of B [out, r], where s low B' was added to the result [n, out]."""
+    d_low = d_result @ b
+    d_low *= scaling
+    d_b = d_result.t() @ low
+    d_b *= scaling
+    return d_low, d_b
+
+
+class Factors(NamedTuple):
+    """What a plain LoRA layer on a frozen weight computes with: W [out, in], its bias [out], A [r, in], B [out, r]."""
+
+    weight: torch.Tensor
+    bias: torch.Tensor | None
+    a: torch.Tensor
+    b: torch.Tensor
+    scaling: float
+
+
+def factors_of(module: nn.Module, dtype: torch.dtype) -> Factors | None:
+    """What the module computes with, where it was given the faster product and now computes in this precision; None
+    when its own forward is to be called."""
+    forward = vars(module).get("forward")
+    return _factors(module, dtype) if getattr(forward, "__func__", None) is _product else None
+
+
+def _factors(module: Any, dtype: torch.dtype) -> Factors | None:
+    adapter = module.active_adapters[0]
+    base = module.base_layer
+    a, b = module.lora_A[adapter].weight, module.lora_B[adapter].weight
+    if module.disable_adapters or module.merged or base.weight.dtype != dtype or a.dtype != dtype:
+        return None
+    weight = base.weight.t() if type(base) is Conv1D else base.weight
+    return Factors(weight, base.bias, a, b, module.scaling[adapter])
 
 
 class _LoraProduct(torch.autograd.Function):
@@ -36,10 +74,7 @@ class _LoraProduct(torch.autograd.Function):
     def backward(ctx: Any, *gradients: torch.Tensor) -> tuple[torch.Tensor | None, ...]:
         rows, low, weight, a, b = ctx.saved_tensors
         d_result = gradients[0].reshape(-1, weight.shape[0])
-        d_low = d_result @ b
-        d_low *= ctx.scaling
-        d_b = d_result.t() @ low
-        d_b *= ctx.scaling
+        d_low, d_b = low_rank_gradients(d_result, low, b, ctx.scaling)
         d_a = d_low.t() @ rows
         d_x = None
         if ctx.needs_input_grad[0]:
@@ -50,14 +85,11 @@ class _LoraProduct(torch.autograd.Function):
 def _product(self: Any, x: torch.Tensor, *args: Any, **kwargs: Any) -> torch.Tensor:
     """Stands in for `forward` of PEFT's LoRA layer while it trains a single plain adapter on a frozen Linear or
     Conv1D, GPT-2's Linear with a weight of [in, out]."""
-    adapter = self.active_adapters[0]
-    base = self.base_layer
-    a, b = self.lora_A[adapter].weight, self.lora_B[adapter].weight
-    if args or kwargs or self.disable_adapters or self.merged or x.dtype != base.weight.dtype or a.dtype != x.dtype:
-        result: torch.Tensor = type(self).forward(self, x, *args, **kwargs)
-        return result
-    weight = base.weight.t() if type(base) is Conv1D else base.weight
-    result = _LoraProduct.apply(x, weight, base.bias, a, b, self.scaling[adapter])  # type: ignore[no-untyped-call]
+    factors = None if args or kwargs else _factors(self, x.dtype)
+    if factors is None:
+        plain: torch.Tensor = type(self).forward(self, x, *args, **kwargs)
+        return plain
+    result: torch.Tensor = _LoraProduct.apply(x, *factors)  # type: ignore[no-untyped-call]
     return result
 
 
