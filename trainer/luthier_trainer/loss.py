@@ -10,6 +10,8 @@ from typing import Any
 import torch
 import torch.nn.functional as F
 
+from luthier_trainer.products import linear, linear_t
+
 _CHUNK_ELEMENTS = {"cpu": 2**22, "cuda": 2**27}
 """Logits held at once. On CPU 16 MiB of fp32 stays near the cache; on CUDA 512 MiB keeps the products large."""
 
@@ -51,7 +53,7 @@ def wide_logits(
     hidden: torch.Tensor, weight: torch.Tensor, bias: torch.Tensor | None, shaping: Shaping = PLAIN
 ) -> torch.Tensor:
     """Logits in at least 32 bits, [n, V]. For use without a gradient."""
-    product = F.linear(hidden, weight, bias)
+    product = linear(hidden, weight, bias)
     return shaping.shape(product.to(torch.promote_types(product.dtype, torch.float32)))
 
 
@@ -92,7 +94,7 @@ class _ScoredCrossEntropy(torch.autograd.Function):
                 d_bias += gradient.sum(0)
             narrow = gradient.to(weight.dtype)
             if d_hidden is not None:
-                torch.mm(narrow, weight, out=d_hidden[start : start + rows])
+                d_hidden[start : start + rows] = linear_t(narrow, weight)
             if d_weight is not None:
                 d_weight += narrow.t() @ part
         ctx.gradients = (d_hidden, d_weight, d_bias)

@@ -9,6 +9,7 @@ from luthier.trainer.v1.task_pb2 import TrainerTask
 from luthier.v1 import job_pb2
 from luthier_trainer.forward import DOCUMENTS_IN_BLOCKS, Forward, set_attention
 from luthier_trainer.probe import bfloat16_gain, blocks_gain
+from luthier_trainer.products import through_onednn
 from luthier_trainer.state import ResumedPlan
 
 _CPU_TOKENS = 4096
@@ -43,6 +44,8 @@ def choose_compute(
         torch.set_num_threads(task.threads)
     device = torch.device("cuda", task.cuda_devices[0]) if task.cuda_devices else torch.device("cpu")
     dtype, notes = _dtype(device, wanted, config, resumed)
+    if device.type == "cpu" and dtype == torch.float32 and through_onednn():
+        notes.append("products go through oneDNN, which is faster than MKL on this processor")
     if resumed is not None:
         now = (str(device), torch.get_num_threads())
         if now != (resumed.device, resumed.threads):
