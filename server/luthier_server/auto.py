@@ -14,8 +14,8 @@ tinker-cookbook's sweeps). At least 4: a rule for large datasets would leave sma
 Learning rate: 5e-5 (2000 / width)^p for full fine-tuning and ten times that for LoRA, p = 0.781 for Llama's family and
 0.0775 for Qwen's: tinker-cookbook's fit (`hyperparam_utils.get_lr`, formula of 2025) for adapters of alpha 32, which
 "LoRA Without Regret" uses at every rank. The cookbook's later sweep of 28 models (tulu3, batch 128, 780 steps, a coarse
-grid of rates) lies within a factor of 2.8 of it, and has 3e-4 as the best rate of 14: that is taken for families without
-a fit. With another alpha the LoRA rate is scaled by 32 / alpha, for the product of the factors, of which the
+grid of rates) lies within a factor of 2.8 of it, and has 3e-4 as the best rate of 14 models: that is taken for families
+without a fit. With another alpha the LoRA rate is scaled by 32 / alpha, for the product of the factors, of which the
 second starts at zero, first changes by alpha times the rate; with rsLoRA alpha counts sqrt(rank) times. With LoRA+ the
 second factor gets the rate of the fit, so the rate is divided by `lora_plus_ratio`. Narrow models lie outside of what
 was fitted: no rate above 1e-2 for LoRA or 1e-3 for full fine-tuning is chosen.
