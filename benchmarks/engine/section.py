@@ -23,6 +23,9 @@ _AIMS = {"float32": 1.2, "auto": 1.6}
 _WISH, _WISHED_UTILISATION = 2.0, 0.7
 _ROWS = 40
 _FEWEST_ROUNDS, _MOST_ROUNDS = 3, 7
+_BESIDE = 1.5
+"""Seconds that a pass takes beside those that are timed: its set-up, and the product before it."""
+
 _WORTHLESS_GAIN = 1.0
 """Where products in bfloat16 are not even so many times as fast as in float32, no peer is tried in it."""
 
@@ -127,8 +130,8 @@ def _groups(gain: float, *, quick: bool) -> _Groups:
 
 
 def _lasts(entries: Sequence[Entry]) -> float:
-    """Seconds of a round, at least."""
-    return sum(each.passes[max(each.passes)].seconds for each in entries if each.passes)
+    """Seconds of a round, about."""
+    return sum(each.passes[max(each.passes)].seconds + _BESIDE for each in entries if each.passes)
 
 
 def _round(runs: Field, entries: Sequence[Entry], number: int, rows: int) -> None:

@@ -1,8 +1,10 @@
 """The parts of the benchmarks that can be checked in seconds: that what they count is what is there."""
 
+import contextlib
 import hashlib
 import json
 import sys
+from collections.abc import Callable
 from dataclasses import asdict, replace
 from pathlib import Path
 from typing import Any
@@ -13,15 +15,16 @@ from transformers import LlamaForCausalLM
 
 sys.path.insert(0, str(Path(__file__).parents[2]))
 
-from benchmarks import choose_peer, datasets_check, datasets_rows, machine, report
+from benchmarks import choose_peer, datasets_check, datasets_rows, machine, report, report_engine
 from benchmarks.aims import Aim
 from benchmarks.cuda import cells, models, rows, side
 from benchmarks.cuda import section as cuda_section
 from benchmarks.cuda.shapes import SHAPES
 from benchmarks.engine import luthier_side, memory, peer, points, points_section, section, standings, workload
 from benchmarks.engine.contestant import EXAMPLES_PER_STEP, Contestant
+from benchmarks.engine.field import CannotRun
 from benchmarks.engine.flops import training_flops
-from benchmarks.engine.passes import Pass, Stopwatch
+from benchmarks.engine.passes import Pass, Products, Stopwatch
 from benchmarks.load.bare import read_events, write_events
 from benchmarks.load.watchers import _lags
 from benchmarks.numbers import quantile
@@ -256,10 +259,10 @@ def test_no_peer_is_tried_in_bfloat16_where_its_products_are_slow() -> None:
 
 def test_what_a_switch_replaces_is_back_when_it_ends() -> None:
     assert len({each.key for each in points.POINTS}) == len(points.POINTS)
-    original = plan.bfloat16_gain
+    before = dict(vars(plan))
     with points.switched_off("dtype"):
-        assert plan.bfloat16_gain(64, 64) == 1.0
-    assert plan.bfloat16_gain is original
+        assert vars(plan)["bfloat16_gain"](64, 64) == 1.0
+    assert vars(plan) == before
     with pytest.raises(AttributeError), points.replaced("luthier_trainer.plan", "no_such_thing", lambda _: None):
         pass
 
@@ -383,3 +386,51 @@ def test_the_page_tells_wishes_from_aims_and_has_the_parts_that_were_measured_ap
 def test_the_newest_recorded_result_can_be_read() -> None:
     recorded = report.newest()
     assert "## Engine" in report.page(report.with_apart(json.loads(recorded.read_text())), recorded.name)
+
+
+class _FieldOfSpeeds:
+    """Stands in for the processes: everybody's passes take what `seconds` says of the contestant."""
+
+    def __init__(self, seconds: Callable[[Contestant], float]) -> None:
+        self._seconds = seconds
+        self.ran: list[Contestant] = []
+        self.retired: list[Contestant] = []
+
+    def products(self, dtype: str) -> Products:
+        return Products(100.0, 50.0) if dtype == "float32" else Products(400.0, 200.0)
+
+    def run(self, contestant: Contestant, rows: int) -> Pass:
+        if contestant.dtype == "bfloat16":
+            raise CannotRun("no such dtype")
+        self.ran.append(contestant)
+        return _pass(self._seconds(contestant), peak=2**20 * (100 + contestant.batch))
+
+    def retire(self, contestant: Contestant) -> None:
+        self.retired.append(contestant)
+
+    def last_words(self, contestant: Contestant) -> list[str]:
+        return []
+
+
+def test_a_run_has_three_rounds_of_those_who_can_win_however_little_time_is_left(
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
+    def seconds(contestant: Contestant) -> float:
+        return (1.0 if contestant.engine == "luthier" else 1.7) * (2.0 if contestant.dtype == "float32" else 1.0)
+
+    runs = _FieldOfSpeeds(seconds)
+    monkeypatch.setattr(section, "open_field", lambda _work: contextlib.nullcontext(runs))
+    found = section.measure(quick=False, seconds=0.0)
+    passes = {each["name"]: len(each["rounds"]) for each in found.numbers["contestants"]}
+    assert passes[section.AUTO.name] == passes[section.FLOAT32.name] == 3
+    assert passes[peer.BFLOAT16[0].name] == passes[peer.FLOAT32[0].name] == passes[peer.TRAINER_BFLOAT16[0].name] == 3
+    assert passes[peer.BFLOAT16[1].name] == passes[peer.FOR_INFORMATION[0].name] == 1
+    assert passes["TRL group_by_length, batch 4, bfloat16"] == 0
+    assert {*runs.ran} - {*runs.retired} == {each for each in runs.ran if runs.ran.count(each) == 3}
+    aims = {each.key: each for each in found.aims}
+    assert aims["engine_auto"].met
+    assert aims["engine_auto"].value == aims["engine_wish"].value == 1.7
+    assert not aims["engine_wish"].met
+    assert aims["engine_memory"].value == pytest.approx(100 / 104, abs=0.01)
+    assert aims["engine_utilisation"].wish
+    assert "Trainer group_by_length" in report_engine.engine(found.numbers)
