@@ -241,4 +241,8 @@ _FIELDS: Mapping[str, str] = {
     "TEMPLATE_MISMATCH": "tokenization.chat_template_name",
     "TEMPLATE_TOO_SLOW": "tokenization.chat_template",
     "TEMPLATE_TOO_LARGE": "tokenization.chat_template",
+    "MODULE_NOT_FOUND": "lora.target_modules",
+    "ADAPTER_UNSUPPORTED": "lora",
+    "QUANTIZATION_UNAVAILABLE": "lora.quantization",
+    "OUT_OF_MEMORY": "hyperparameters.max_length",
 }

@@ -93,6 +93,13 @@ class Fitting:
         if estimate is not None and not estimate.fits:
             raise does_not_fit(estimate)
 
+    async def close(self) -> None:
+        """Ends what nobody waits for any more."""
+        for asking in (left := list(self._asking.values())):
+            asking.cancel()
+        if left:
+            await asyncio.wait(left)
+
     async def _predicted(self, job: Resolved) -> JobEstimate | None:
         """What a child says of the memory; None when it says nothing in time."""
         task = self.task(job)

@@ -133,7 +133,7 @@ class Daemon:
             )
         )
         self.data_work = DataWork(self.executor, data_dir / "work", str(self.wake_socket))
-        fitting = Fitting(
+        self.fitting = Fitting(
             FittingSettings(
                 cache_dir=data_dir / "cache",
                 cache_max_bytes=chosen.cache_bytes,
@@ -155,7 +155,7 @@ class Daemon:
             max_queued=chosen.max_queued,
             # A puppet has no tokenizer to check anything with.
             validates=not chosen.puppet,
-            fitting=None if chosen.puppet else fitting,
+            fitting=None if chosen.puppet else self.fitting,
         )
         checks = Checks(
             datasets,
@@ -216,7 +216,7 @@ class Daemon:
         estimates = Estimates(
             EstimateSettings(chosen.price_per_device_hour, chosen.currency),
             self.jobs,
-            fitting,
+            self.fitting,
             self.scheduler,
             ModelRows(database),
         )
@@ -248,6 +248,7 @@ async def _daemon(chosen: Settings) -> AsyncIterator[Daemon]:
         try:
             yield daemon
         finally:
+            await daemon.fitting.close()
             await daemon.executor.close()
     finally:
         await database.close()

@@ -52,7 +52,7 @@ def estimate(task: TrainerTask, reporter: Reporter, check: Check) -> estimate_pb
     check()
     _foresee(task, settings, compute, outlook, tokens, training, answer, reporter, check)
     course = outlay.course(settings, training, validation)
-    _tell_course(settings, course, training, answer)
+    _tell_course(task, settings, course, training, answer)
     written = outlay.sizes(
         settings,
         outlook.trained,
@@ -143,7 +143,11 @@ def _tell_memory(forecast: Forecast, answer: estimate_pb2.JobEstimate) -> None:
 
 
 def _tell_course(
-    settings: Settings, course: outlay.Course, training: Counted, answer: estimate_pb2.JobEstimate
+    task: TrainerTask,
+    settings: Settings,
+    course: outlay.Course,
+    training: Counted,
+    answer: estimate_pb2.JobEstimate,
 ) -> None:
     answer.training_rows, answer.validation_rows = course.training_rows, course.validation_rows
     answer.total_steps = course.total_steps
@@ -160,6 +164,11 @@ def _tell_course(
         )
     if settings.judging.patience is not None:
         answer.notes.append("early stopping may end the job sooner: the numbers are for all of its steps")
+    spec = task.spec.fine_tune
+    if spec.resume_from:
+        answer.notes.append("the job goes on from a checkpoint: the numbers are for all of its steps, from the first")
+    if spec.hyperparameters.find_learning_rate:
+        answer.notes.append("the range test that finds the learning rate comes on top")
 
 
 def _tell_disk(task: TrainerTask, settings: Settings, written: outlay.Sizes, answer: estimate_pb2.JobEstimate) -> None:

@@ -220,7 +220,10 @@ def total_memory(device: torch.device) -> tuple[int, int]:
     """(bytes that the device has, of those free now); of a CPU the host's, and no more than its container's. 0 when
     unknown."""
     if device.type == "cuda":
-        free, total = torch.cuda.mem_get_info(device)
+        try:
+            free, total = torch.cuda.mem_get_info(device)
+        except RuntimeError:  # jobs leave no room to ask it
+            return 0, 0
         return total, free
     total = free = 0
     for line in Path("/proc/meminfo").read_text(encoding="ascii").splitlines():

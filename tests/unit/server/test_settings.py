@@ -34,6 +34,10 @@ def test_an_address_that_others_reach_needs_to_be_asked_for(listen: str) -> None
     [
         ([], {"LUTHIER_SLOTS": "many"}, "LUTHIER_SLOTS"),
         (["--slots", "-1"], {}, "slots"),
+        (["--price-per-device-hour", "-1"], {}, "price-per-device-hour"),
+        (["--price-per-device-hour", "nan"], {}, "price-per-device-hour"),
+        (["--device-memory-bytes", "-1"], {}, "device-memory-bytes"),
+        (["--currency", "euros"], {}, "currency"),
         (["--warm", "perhaps"], {}, "warm"),
         (["--listen", "nowhere"], {}, "HOST:PORT"),
         (["--model-root", "/there/is/none"], {}, "model-root"),
