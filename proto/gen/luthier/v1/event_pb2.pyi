@@ -202,7 +202,9 @@ Global___JobEvent: typing_extensions.TypeAlias = JobEvent
 
 @typing.final
 class DatasetsChecked(google.protobuf.message.Message):
-    """The job's datasets were checked for its base model, before it waited for a device. GetDataset has the whole reports."""
+    """The job's datasets were checked for its base model: before it waited for a device or, where they have many rows, while
+    it went on. GetDataset has the whole reports.
+    """
 
     DESCRIPTOR: google.protobuf.descriptor.Descriptor
 
