@@ -15,6 +15,8 @@ import torch
 import torch.nn.functional as F
 from transformers import AttentionInterface
 
+from luthier_trainer.flatten import to_device
+
 ATTENTION = "luthier_documents"
 
 _UNSUPPORTED = ("position_bias", "s_aux", "sinks", "head_mask", "cache", "indices")
@@ -34,9 +36,15 @@ def document_arguments(lengths: tuple[int, ...], device: torch.device) -> dict[s
     """The keyword arguments of a model's forward that tell attention where documents of these lengths lie."""
     borders = torch.zeros(len(lengths) + 1, dtype=torch.int32)
     torch.cumsum(torch.tensor(lengths, dtype=torch.int32), 0, out=borders[1:])
-    borders = borders.to(device, non_blocking=True)
+    borders = to_device(borders, device)
     longest = max(lengths)
-    return {"cu_seq_lens_q": borders, "cu_seq_lens_k": borders, "max_length_q": longest, "max_length_k": longest}
+    return {
+        "cu_seq_lens_q": borders,
+        "cu_seq_lens_k": borders,
+        "max_length_q": longest,
+        "max_length_k": longest,
+        "document_lengths": lengths,  # ours: what is split on the host must not ask the device where
+    }
 
 
 def attend_documents(
@@ -51,6 +59,7 @@ def attend_documents(
     softcap: float | None = None,
     cu_seq_lens_q: torch.Tensor | None = None,
     max_length_q: int | None = None,
+    document_lengths: tuple[int, ...] | None = None,
     **others: Any,
 ) -> tuple[torch.Tensor, None]:
     """Causal attention within each document.
@@ -69,7 +78,7 @@ def attend_documents(
     scale = scaling if scaling is not None else query.shape[-1] ** -0.5
     if query.is_cuda and softcap is None and dropout == 0.0 and query.dtype != torch.float32:
         return _varlen(query, key, value, cu_seq_lens_q, max_length_q, scale, sliding_window), None
-    lengths = torch.diff(cu_seq_lens_q).tolist()
+    lengths = list(document_lengths) if document_lengths is not None else torch.diff(cu_seq_lens_q).tolist()
     outputs = [
         _attend(q, k, v, scale, dropout, sliding_window, softcap).transpose(1, 2)
         for q, k, v in zip(
