@@ -16,6 +16,7 @@ import torch.nn.functional as F
 from transformers import AttentionInterface
 
 from luthier_trainer import document_attention
+from luthier_trainer.flatten import to_device
 
 ATTENTION = "luthier_documents"
 
@@ -39,9 +40,15 @@ def document_arguments(lengths: tuple[int, ...], device: torch.device) -> dict[s
     """The keyword arguments of a model's forward that tell attention where documents of these lengths lie."""
     borders = torch.zeros(len(lengths) + 1, dtype=torch.int32)
     torch.cumsum(torch.tensor(lengths, dtype=torch.int32), 0, out=borders[1:])
-    borders = borders.to(device, non_blocking=True)
+    borders = to_device(borders, device)
     longest = max(lengths)
-    return {"cu_seq_lens_q": borders, "cu_seq_lens_k": borders, "max_length_q": longest, "max_length_k": longest}
+    return {
+        "cu_seq_lens_q": borders,
+        "cu_seq_lens_k": borders,
+        "max_length_q": longest,
+        "max_length_k": longest,
+        "document_lengths": lengths,  # ours: what is split on the host must not ask the device where
+    }
 
 
 def attend_documents(
@@ -57,6 +64,7 @@ def attend_documents(
     cu_seq_lens_q: torch.Tensor | None = None,
     max_length_q: int | None = None,
     in_blocks: bool = False,
+    document_lengths: tuple[int, ...] | None = None,
     **others: Any,
 ) -> tuple[torch.Tensor, None]:
     """Causal attention within each document.
@@ -75,7 +83,7 @@ def attend_documents(
     scale = scaling if scaling is not None else query.shape[-1] ** -0.5
     if query.is_cuda and softcap is None and dropout == 0.0 and query.dtype != torch.float32:
         return _varlen(query, key, value, cu_seq_lens_q, max_length_q, scale, sliding_window), None
-    lengths = torch.diff(cu_seq_lens_q).tolist()
+    lengths = list(document_lengths) if document_lengths is not None else torch.diff(cu_seq_lens_q).tolist()
     plain = softcap is None and dropout == 0.0
     if plain and document_attention.computes(query, value, max_length_q, sliding_window, in_blocks=in_blocks):
         attended = document_attention.attend(

@@ -48,12 +48,19 @@ class MicroBatch:
             return self
 
         def move(tensor: torch.Tensor) -> torch.Tensor:
-            return tensor.to(device, non_blocking=True)
+            return to_device(tensor, device)
 
         mask = None if self.attention_mask is None else move(self.attention_mask)
         return MicroBatch(
             move(self.input_ids), move(self.position_ids), mask, self.lengths, move(self.scored), move(self.targets)
         )
+
+
+def to_device(tensor: torch.Tensor, device: torch.device) -> torch.Tensor:
+    """A copy on the device that nothing waits for, which CUDA has from pinned memory alone."""
+    if device.type == "cuda" and not tensor.is_cuda:
+        tensor = tensor.pin_memory()
+    return tensor.to(device, non_blocking=True)
 
 
 def scored_tokens(examples: Sequence[Example]) -> int:

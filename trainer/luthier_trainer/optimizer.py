@@ -43,29 +43,31 @@ class Optimizer:
             groups, lr=0.0, betas=(settings.beta1, settings.beta2), eps=settings.epsilon, fused=True
         )
 
-    def step(self, learning_rate: float) -> torch.Tensor:
+    def step(self, learning_rate: float, loss: torch.Tensor | None = None) -> torch.Tensor:
         """Clips, updates the masters, publishes them to the model and clears the gradient. Returns the gradient's norm
-        before clipping, as torch's `clip_grad_norm_` does, still on the device. A norm that is not finite updates
-        nothing."""
+        before clipping, as torch's `clip_grad_norm_` does, still on the device. A norm or a loss that is not finite
+        updates nothing, which the device finds out by itself: nothing here waits for it."""
         gradients = self._masters.gradients
         norm: torch.Tensor = torch.linalg.vector_norm(gradients)
-        if torch.isfinite(norm):
-            if self._max_norm > 0:
-                gradients.mul_(torch.clamp(self._max_norm / (norm + 1e-6), max=1.0))
-            for group, (_, _, factor) in zip(self._adam.param_groups, self._parts, strict=True):
-                group["lr"] = learning_rate * factor
-            self._adam.step()
-            self._masters.publish()
+        finite = torch.isfinite(norm) if loss is None else torch.isfinite(norm) & torch.isfinite(loss)
+        if self._max_norm > 0:
+            gradients.mul_(torch.clamp(self._max_norm / (norm + 1e-6), max=1.0))
+        for group, (_, _, factor) in zip(self._adam.param_groups, self._parts, strict=True):
+            group["lr"] = learning_rate * factor
+        # The switch that torch's gradient scaler uses: at 1 the fused kernel leaves weights, moments and step alone.
+        self._adam.found_inf = finite.logical_not().to(torch.float32)  # type: ignore[attr-defined]
+        self._adam.step()
+        self._masters.publish()
         self._masters.zero_gradients()
         return norm
 
-    def is_finite(self) -> bool:
-        """Whether every weight and both moments are finite; one pass over each, and no copy."""
+    def is_finite(self) -> torch.Tensor:
+        """Whether every weight and both moments are finite, still on the device; one pass over each, and no copy."""
         flats = [self._masters.values]
         for group in self._adam.param_groups:
             flats += [state for name, state in self._adam.state[group["params"][0]].items() if name in _MOMENTS]
         edges = torch.stack([edge for flat in flats for edge in torch.aminmax(flat)])  # a NaN is both edges
-        return bool(torch.isfinite(edges).all())
+        return torch.isfinite(edges).all()
 
     def state(self) -> dict[str, torch.Tensor]:
         """The moments by weight and the count of updates; empty before the first step."""

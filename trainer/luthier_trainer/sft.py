@@ -148,7 +148,7 @@ def make_step(job: Job, check: Check) -> None:
         return
     job.throughput.start()
     examples = [example for index in rows for example in job.rows.examples(int(index))]
-    loss, tokens = _accumulate(job, examples, check)
+    losses, tokens = _accumulate(job, examples, check)
     rate = learning_rate(
         job.peak_rate,
         settings.scheduler,
@@ -158,11 +158,13 @@ def make_step(job: Job, check: Check) -> None:
         decay=decay_steps(job.total_steps, settings.decay_ratio),
         floor=settings.min_rate_ratio,
     )
-    norm = float(job.optimizer.step(rate)) if math.isfinite(loss) else math.nan
-    if not math.isfinite(norm):
+    norms = job.optimizer.step(rate, losses)
+    # The one time that a step waits for the device.
+    loss, norm, finite = torch.stack([losses, norms.double(), job.optimizer.is_finite().double()]).tolist()
+    if not (math.isfinite(loss) and math.isfinite(norm)):
         leave_out(job, "the gradient" if math.isfinite(loss) else "the loss")
         return
-    if not job.optimizer.is_finite():
+    if not finite:
         raise Diverged
     counters.step += 1
     counters.trained_tokens += tokens
@@ -187,8 +189,9 @@ def make_step(job: Job, check: Check) -> None:
         _tell_step(job)
 
 
-def _accumulate(job: Job, examples: Sequence[Example], check: Check) -> tuple[float, int]:
-    """The gradient of the mean loss per scored token of all examples, left in the masters. Returns (loss, real tokens).
+def _accumulate(job: Job, examples: Sequence[Example], check: Check) -> tuple[torch.Tensor, int]:
+    """The gradient of the mean loss per scored token of all examples, left in the masters. Returns (the loss in 64
+    bits, still on the device, and the real tokens).
 
     When memory runs out the step starts over in micro-batches of half the tokens, which changes nothing in its result.
     """
@@ -205,7 +208,7 @@ def _accumulate(job: Job, examples: Sequence[Example], check: Check) -> tuple[fl
         job.reporter.report(event_pb2.LogEmitted(level=event_pb2.LOG_LEVEL_WARNING, message=message))
 
 
-def _accumulate_once(job: Job, examples: Sequence[Example], check: Check) -> tuple[float, int]:
+def _accumulate_once(job: Job, examples: Sequence[Example], check: Check) -> tuple[torch.Tensor, int]:
     job.masters.zero_gradients()
     stream = step_seed(job.settings.seed, job.counters.step)
     torch.manual_seed(stream)
@@ -222,7 +225,7 @@ def _accumulate_once(job: Job, examples: Sequence[Example], check: Check) -> tup
         tokens += batch.tokens
         done += len(batch.lengths)
         job.counters.computed_tokens += batch.tokens
-    return float(loss), tokens
+    return loss, tokens
 
 
 def _can_halve(job: Job, examples: Sequence[Example], error: RuntimeError | MemoryError) -> bool:

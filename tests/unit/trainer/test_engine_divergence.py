@@ -58,8 +58,8 @@ def explode(monkeypatch: pytest.MonkeyPatch) -> Callable[[int], None]:
     update, calls = Optimizer.step, [0]
 
     def exploding(number: int) -> None:
-        def step(self: Optimizer, rate: float) -> torch.Tensor:
-            norm = update(self, rate)
+        def step(self: Optimizer, rate: float, loss: torch.Tensor) -> torch.Tensor:
+            norm = update(self, rate, loss)
             calls[0] += 1
             if calls[0] == number:
                 self._masters.values[3] = math.inf
