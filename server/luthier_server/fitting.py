@@ -29,6 +29,8 @@ log = structlog.get_logger()
 _CGROUP = Path("/sys/fs/cgroup/memory.max")
 _KEPT = 256
 """Answers that are remembered."""
+_USUAL_RANK = 256
+"""An adapter that was made before has no more."""
 
 
 @dataclass(frozen=True, slots=True)
@@ -168,14 +170,16 @@ def surely_needs_less(base: ModelReport, task: FineTuneTask) -> float:
     pass; the logits of a chunk are counted as if the vocabulary had all weights of the model. 3 GiB are for the process
     and its workspace.
     """
-    if not (base.parameters and base.hidden_size and base.module_names) or base.adapter_dir:
+    if not (base.parameters and base.hidden_size and base.module_names):
         return float("inf")
+    # An adapter that is continued keeps its own rank.
+    rank = max(task.lora.rank, _USUAL_RANK if base.adapter_dir else 0)
     modules, width = len(base.module_names), base.hidden_size
     weights = 4.0 * base.parameters
     if task.WhichOneof("adaptation") == "full" or task.lora.modules_to_save:
         weights += 24.0 * base.parameters
     else:
-        weights += 24.0 * modules * task.lora.rank * 16 * width
+        weights += 24.0 * modules * rank * 16 * width
         if task.lora.quantization not in (
             LoraQuantization.LORA_QUANTIZATION_NONE,
             LoraQuantization.LORA_QUANTIZATION_UNSPECIFIED,

@@ -17,10 +17,10 @@ from luthier_trainer.config import Settings, read_settings
 from luthier_trainer.data.tokens.counted import Counted, count
 from luthier_trainer.data.tokens.task import Tokens, tokens_for
 from luthier_trainer.flops import Operations, operations
-from luthier_trainer.forecast import Forecast, Outlook, Room, remedies, total_memory
+from luthier_trainer.forecast import Extent, Forecast, Outlook, Room, remedies, total_memory
 from luthier_trainer.gauges import peak_flops
 from luthier_trainer.job import dtype_name
-from luthier_trainer.plan import Compute, choose_compute, micro_batch_tokens
+from luthier_trainer.plan import _CPU_TOKENS, _CUDA_TOKENS, Compute, choose_compute
 from luthier_trainer.report import Reporter
 from luthier_trainer.stop import Check
 
@@ -29,6 +29,7 @@ _SHARE = 0.92
 _GLANCE_ROWS, _GLANCE_SECONDS = 256, 0.5
 """Rows that are looked at for the memory alone, and the time for that and for advice: somebody creates a job."""
 _REMEDY_SECONDS = 5.0
+_MOST_TOKENS = {"cpu": _CPU_TOKENS, "cuda": _CUDA_TOKENS}
 
 
 def estimate(task: TrainerTask, reporter: Reporter, check: Check) -> estimate_pb2.JobEstimate:
@@ -92,11 +93,11 @@ def _foresee(
     be; and if there is no room for that, as long as the longest that was seen, so that nothing is refused that might
     fit."""
     room = _room(task, settings, compute, answer)
-    longest = tokens.options.max_length
-    if training is not None and training.is_whole:
-        longest = max(training.longest, 1)
-    forecast = outlook.forecast(longest, room)
-    if not forecast.fits and (training is None or not training.is_whole):
+    limit = tokens.options.max_length
+    whole = training is not None and training.is_whole
+    extent = _extent(training) if training is not None and whole else Extent(limit, room.most, limit)
+    forecast = outlook.forecast(extent, room)
+    if not forecast.fits and not whole:
         seen = training or count(
             task.training_dataset,
             tokens,
@@ -106,18 +107,22 @@ def _foresee(
             rows=_GLANCE_ROWS,
             seconds=_GLANCE_SECONDS,
         )
-        among_seen = outlook.forecast(max(seen.longest, 1), room)
-        if among_seen.fits and not seen.is_whole:
+        extent = _extent(seen)
+        forecast = outlook.forecast(extent, room)
+        if forecast.fits and not seen.is_whole:
             answer.notes.append(
-                f"rows of {longest} tokens would not fit; the longest of {len(seen.tokens)} rows that were looked at"
+                f"rows of {limit} tokens would not fit; the longest of {len(seen.tokens)} rows that were looked at"
                 f" has {seen.longest}"
             )
-        longest, forecast = max(seen.longest, 1), among_seen
     _tell_memory(forecast, answer)
     answer.fits = forecast.fits
     if not forecast.fits:
         patience = _GLANCE_SECONDS if task.estimate.memory_only else _REMEDY_SECONDS
-        answer.remedies.extend(remedies(task.base_model, settings, compute, longest, room, patience))
+        answer.remedies.extend(remedies(task.base_model, settings, compute, extent, room, patience))
+
+
+def _extent(rows: Counted) -> Extent:
+    return Extent(max(rows.longest, 1), int(rows.tokens.max(initial=1)), int(rows.scored.max(initial=1)))
 
 
 def _room(task: TrainerTask, settings: Settings, compute: Compute, answer: estimate_pb2.JobEstimate) -> Room:
@@ -130,7 +135,7 @@ def _room(task: TrainerTask, settings: Settings, compute: Compute, answer: estim
         total = limit = task.memory_limit_bytes
         free = min(free, limit)
     answer.device_memory.total_bytes, answer.device_memory.free_bytes = total, free
-    return Room(limit, int(host_total * _SHARE), micro_batch_tokens(compute, None), settings.batch_size)
+    return Room(limit, int(host_total * _SHARE), _MOST_TOKENS[compute.device.type], settings.batch_size)
 
 
 def _tell_memory(forecast: Forecast, answer: estimate_pb2.JobEstimate) -> None:

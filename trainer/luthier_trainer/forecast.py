@@ -26,6 +26,16 @@ _ROUND = 8
 
 
 @dataclass(frozen=True)
+class Extent:
+    """What memory depends on of the rows: tokens of the longest example, and the most tokens and targets that a row has
+    in all of its examples."""
+
+    longest: int
+    tokens: int
+    targets: int
+
+
+@dataclass(frozen=True)
 class Room:
     """Bytes that training may take over a loaded process; `limit` of 0 is unknown. host: the same of the host's memory,
     the process included. most: tokens of a micro-batch at most; batch: examples of an optimizer step at most."""
@@ -70,19 +80,21 @@ class Outlook:
             return None
         return memory.need(self.trained, self._settings, self._compute, checkpointing=checkpointing)
 
-    def forecast(self, longest: int, room: Room) -> Forecast:
-        """For rows of at most `longest` tokens, all of whose tokens are taken for targets."""
-        return self._forecast(self.need, longest, room)
+    def forecast(self, extent: Extent, room: Room) -> Forecast:
+        """For rows of this extent."""
+        return self._forecast(self.need, extent, room)
 
-    def has_room(self, longest: int, room: Room) -> bool:
+    def has_room(self, extent: Extent, room: Room) -> bool:
         """Whether such rows fit; told by what takes least, which takes half as long to find out."""
         least = self.need(True) or self.need(False)
-        return self._forecast(lambda _: least, longest, room).fits
+        return self._forecast(lambda _: least, extent, room).fits
 
-    def _forecast(self, need_of: Callable[[bool], memory.Need | None], longest: int, room: Room) -> Forecast:
+    def _forecast(self, need_of: Callable[[bool], memory.Need | None], extent: Extent, room: Room) -> Forecast:
         def largest(budget: int) -> memory.Largest:
-            tokens = min(max(budget, longest), room.batch * longest)
-            return memory.Largest(tokens, tokens, longest)
+            tokens = max(min(budget, room.batch * extent.tokens), extent.longest)
+            # An example longer than the budget goes alone.
+            most = room.batch * extent.targets if budget >= extent.longest else max(extent.targets, budget)
+            return memory.Largest(tokens, min(tokens, most), extent.longest)
 
         found = memory.fit(need_of, largest, room.limit, room.most)
         need = need_of(found.checkpointing)
@@ -91,7 +103,7 @@ class Outlook:
 
 
 def remedies(
-    source: BaseModelSource, settings: Settings, compute: Compute, longest: int, room: Room, seconds: float
+    source: BaseModelSource, settings: Settings, compute: Compute, extent: Extent, room: Room, seconds: float
 ) -> list[str]:
     """What would make a job fit that does not, each told from a forecast of its own, the least change first. Once there
     is one, no other is looked for after so many seconds."""
@@ -100,25 +112,29 @@ def remedies(
     for advise in (_shorter_rows, _smaller_rank, _narrower, _quantized, _adapter, _smaller_base):
         if found and time.monotonic() > until:
             break
-        found += advise(source, settings, compute, longest, room)
+        found += advise(source, settings, compute, extent, room)
     return found
 
 
-def _fits(source: BaseModelSource, settings: Settings, compute: Compute, longest: int, room: Room) -> bool:
-    return Outlook(source, settings, compute).has_room(longest, room)
+def _fits(source: BaseModelSource, settings: Settings, compute: Compute, extent: Extent, room: Room) -> bool:
+    return Outlook(source, settings, compute).has_room(extent, room)
 
 
 def _shorter_rows(
-    source: BaseModelSource, settings: Settings, compute: Compute, longest: int, room: Room
+    source: BaseModelSource, settings: Settings, compute: Compute, extent: Extent, room: Room
 ) -> Iterator[str]:
     outlook = Outlook(source, settings, compute)
-    best = _largest(_SHORTEST // _ROUND, (longest - 1) // _ROUND, lambda n: outlook.has_room(n * _ROUND, room))
+
+    def fits(rounds: int) -> bool:
+        return outlook.has_room(dataclasses.replace(extent, longest=rounds * _ROUND), room)
+
+    best = _largest(_SHORTEST // _ROUND, (extent.longest - 1) // _ROUND, fits)
     if best:
-        yield f"Lower max_length to {best * _ROUND} (the longest row has {longest} tokens now)."
+        yield f"Lower max_length to {best * _ROUND} (the longest row has {extent.longest} tokens now)."
 
 
 def _smaller_rank(
-    source: BaseModelSource, settings: Settings, compute: Compute, longest: int, room: Room
+    source: BaseModelSource, settings: Settings, compute: Compute, extent: Extent, room: Room
 ) -> Iterator[str]:
     adapter = settings.lora
     if adapter is None or source.adapter_dir:
@@ -126,47 +142,51 @@ def _smaller_rank(
     rank = adapter.rank // 2
     while rank:
         smaller = dataclasses.replace(settings, lora=dataclasses.replace(adapter, rank=rank))
-        if _fits(source, smaller, compute, longest, room):
+        if _fits(source, smaller, compute, extent, room):
             yield f"Lower lora.rank from {adapter.rank} to {rank}."
             return
         rank //= 4
 
 
-def _narrower(source: BaseModelSource, settings: Settings, compute: Compute, longest: int, room: Room) -> Iterator[str]:
+def _narrower(
+    source: BaseModelSource, settings: Settings, compute: Compute, extent: Extent, room: Room
+) -> Iterator[str]:
     if compute.dtype != torch.float32:
         return
     narrow = dataclasses.replace(compute, dtype=torch.bfloat16)
-    if _fits(source, settings, narrow, longest, room):
+    if _fits(source, settings, narrow, extent, room):
         slower = ", which is slower on this CPU" if compute.device.type == "cpu" else ""
         yield f"Set dtype to bfloat16{slower}."
 
 
 def _quantized(
-    source: BaseModelSource, settings: Settings, compute: Compute, longest: int, room: Room
+    source: BaseModelSource, settings: Settings, compute: Compute, extent: Extent, room: Room
 ) -> Iterator[str]:
     adapter = settings.lora
     if adapter is None or adapter.quantization != job_pb2.LORA_QUANTIZATION_NONE or not _has_bitsandbytes():
         return
     quantized = dataclasses.replace(adapter, quantization=job_pb2.LORA_QUANTIZATION_NF4)
-    if _fits(source, dataclasses.replace(settings, lora=quantized), compute, longest, room):
+    if _fits(source, dataclasses.replace(settings, lora=quantized), compute, extent, room):
         yield "Set lora.quantization to nf4: the frozen weights are held in 4 bits."
 
 
-def _adapter(source: BaseModelSource, settings: Settings, compute: Compute, longest: int, room: Room) -> Iterator[str]:
+def _adapter(
+    source: BaseModelSource, settings: Settings, compute: Compute, extent: Extent, room: Room
+) -> Iterator[str]:
     if settings.lora is not None:
         return
     adapter = LoraSettings(rank=16, alpha=32.0, dropout=0.0, target_modules=("all-linear",), modules_to_save=())
     with_adapter = dataclasses.replace(settings, lora=adapter, train_last_layers=0)
-    if _fits(source, with_adapter, compute, longest, room):
+    if _fits(source, with_adapter, compute, extent, room):
         yield "Train an adapter (lora) in place of all weights (full)."
     elif _has_bitsandbytes():
         quantized = dataclasses.replace(adapter, quantization=job_pb2.LORA_QUANTIZATION_NF4)
-        if _fits(source, dataclasses.replace(with_adapter, lora=quantized), compute, longest, room):
+        if _fits(source, dataclasses.replace(with_adapter, lora=quantized), compute, extent, room):
             yield "Train an adapter on weights in 4 bits (lora.quantization: nf4) in place of all weights (full)."
 
 
 def _smaller_base(
-    source: BaseModelSource, settings: Settings, compute: Compute, longest: int, room: Room
+    source: BaseModelSource, settings: Settings, compute: Compute, extent: Extent, room: Room
 ) -> Iterator[str]:
     """The same model with fewer layers, which says how large one may be."""
     config = load_config(source)
@@ -180,7 +200,7 @@ def _smaller_base(
             _with_layers(config, count).save_pretrained(folder)
             outlook = Outlook(BaseModelSource(location=folder), settings, compute)
             found[count] = outlook.trained.base_parameters
-            return outlook.has_room(longest, room)
+            return outlook.has_room(extent, room)
 
     best = _largest(1, layers - 1, fits)
     if best:
