@@ -109,7 +109,7 @@ def found(rows: TokenisedRows, code: str) -> list[dataset_report_pb2.Finding]:
     return [each for each in rows.report.findings if each.code == code]
 
 
-def whole(rows: TokenisedRows) -> Part:
+def whole(rows: TokenisedRows) -> Part[TokenisedRows]:
     return Part(rows, np.arange(len(rows)))
 
 
