@@ -7,10 +7,11 @@ import pytest
 import torch
 from fidelity.tiny import llama, with_lora
 from torch import nn
+from transformers import LlamaConfig
 from transformers.models.cohere.modeling_cohere import CohereLayerNorm
 from transformers.models.cohere2.modeling_cohere2 import apply_rotary_pos_emb as interleaved
 from transformers.models.gemma.modeling_gemma import GemmaRMSNorm
-from transformers.models.llama.modeling_llama import LlamaConfig, LlamaMLP, LlamaRMSNorm
+from transformers.models.llama.modeling_llama import LlamaMLP, LlamaRMSNorm
 
 from luthier_trainer import gated, lora, norms, rotary, speedups
 
@@ -38,7 +39,7 @@ def numbers(*shape: int) -> torch.Tensor:
 @pytest.mark.parametrize("kind", [LlamaRMSNorm, GemmaRMSNorm])
 def test_a_faster_norm_is_no_less_exact_than_the_models_own(kind: Any, dtype: torch.dtype) -> None:
     plain = nn.Sequential(kind(WIDTH))
-    plain[0].weight.data.copy_(numbers(WIDTH))
+    plain.get_parameter("0.weight").data.copy_(numbers(WIDTH))
     x = numbers(2, 300, WIDTH)
     exact = results(copy.deepcopy(plain).double(), x.double())
     plain.to(dtype)
@@ -53,12 +54,12 @@ def test_what_is_another_norm_keeps_its_own() -> None:
         def forward(self, hidden_states: torch.Tensor) -> torch.Tensor:
             return super().forward(hidden_states - hidden_states.mean(-1, keepdim=True))
 
-    assert norms.speed_up(nn.Sequential(CenteredRMSNorm(WIDTH), CohereLayerNorm(WIDTH), nn.LayerNorm(WIDTH))) == 0
+    assert norms.speed_up(nn.Sequential(CenteredRMSNorm(WIDTH), CohereLayerNorm(WIDTH), nn.LayerNorm(WIDTH))) == 0  # type: ignore[no-untyped-call]
 
 
 @pytest.mark.parametrize("activation", ["silu", "gelu_pytorch_tanh", "gelu"])
 def test_a_faster_gated_mlp_computes_the_models_own(activation: str) -> None:
-    plain = nn.Sequential(LlamaMLP(LlamaConfig(hidden_size=32, intermediate_size=48, hidden_act=activation))).double()
+    plain = nn.Sequential(LlamaMLP(LlamaConfig(hidden_size=32, intermediate_size=48, hidden_act=activation))).double()  # type: ignore[no-untyped-call]
     faster = copy.deepcopy(plain)
     assert gated.speed_up(faster) == 1
     x = numbers(1, 50, 32).double()
@@ -68,13 +69,13 @@ def test_a_faster_gated_mlp_computes_the_models_own(activation: str) -> None:
 def test_an_mlp_that_does_something_else_keeps_its_own() -> None:
     class Odd(LlamaMLP):
         def forward(self, x: torch.Tensor) -> torch.Tensor:
-            result: torch.Tensor = super().forward(x) + x
+            result: torch.Tensor = super().forward(x) + x  # type: ignore[no-untyped-call]
             return result
 
     config = LlamaConfig(hidden_size=32, intermediate_size=48)
-    assert gated.speed_up(nn.Sequential(Odd(config))) == 0
+    assert gated.speed_up(nn.Sequential(Odd(config))) == 0  # type: ignore[no-untyped-call]
     config.hidden_act = "relu"
-    assert gated.speed_up(nn.Sequential(LlamaMLP(config))) == 0
+    assert gated.speed_up(nn.Sequential(LlamaMLP(config))) == 0  # type: ignore[no-untyped-call]
 
 
 def test_a_rotation_of_another_kind_is_found_out() -> None:

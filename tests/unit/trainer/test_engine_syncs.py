@@ -15,11 +15,11 @@ _ASKS = {"_local_scalar_dense", "item", "is_nonzero", "nonzero", "masked_select"
 """Operators whose result, or its shape, the host needs before it goes on."""
 
 
-class _Asked(TorchDispatchMode):
+class _Asked(TorchDispatchMode):  # type: ignore[no-untyped-call]
     """Notes each operator that makes the host wait for a device."""
 
     def __init__(self) -> None:
-        super().__init__()
+        super().__init__()  # type: ignore[no-untyped-call]
         self.operators: list[str] = []
 
     def __torch_dispatch__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
@@ -40,14 +40,14 @@ def test_nothing_between_the_first_micro_batch_and_the_end_of_the_update_asks_th
 
     def begin(*arguments: Any) -> Any:
         nonlocal inside
-        asked.__enter__()
+        asked.__enter__()  # type: ignore[no-untyped-call]
         inside = True
         return accumulate(*arguments)
 
     def end(tensor: torch.Tensor) -> Any:  # the step's one look at its numbers
         nonlocal inside, steps
         if inside and tensor.shape == (3,) and tensor.dtype == torch.float64:
-            asked.__exit__(None, None, None)
+            asked.__exit__(None, None, None)  # type: ignore[no-untyped-call]
             inside = False
             steps += 1
         elif inside:
