@@ -12,7 +12,7 @@ from transformers import PreTrainedTokenizerBase
 
 from luthier.trainer.v1.task_pb2 import BaseModelSource, DatasetSource, TrainerTask
 from luthier.v1 import event_pb2, job_pb2, tokenization_pb2
-from luthier_trainer import checkpoint, durable, lora, rope
+from luthier_trainer import checkpoint, durable, lora, memory, rope
 from luthier_trainer.batches import Batches
 from luthier_trainer.config import Places, Settings
 from luthier_trainer.data.masks.render import prompt_ids
@@ -29,7 +29,7 @@ from luthier_trainer.model import Trained, adapter_rank, load_base, prepare
 from luthier_trainer.neftune import Neftune
 from luthier_trainer.optimizer import Optimizer
 from luthier_trainer.order import RowOrder
-from luthier_trainer.plan import Compute, attention_name, choose_compute, micro_batch_tokens
+from luthier_trainer.plan import Compute, attention_name, choose_compute, most_tokens
 from luthier_trainer.probe import choose_forward
 from luthier_trainer.quantization import quantization_config
 from luthier_trainer.report import Reporter
@@ -67,6 +67,8 @@ class Job:
     total_steps: int
     warmup: int
     batches: Batches
+    memory: memory.MemoryPlan
+    gauge: memory.Gauge
     throughput: Throughput
     operations: Operations | None
     peak_flops: float
@@ -97,6 +99,7 @@ class Job:
             attention=attention_name(self.forward, self.compute),
             micro_batch_tokens=self.batches.budget,
             threads=self.compute.threads,
+            activation_checkpointing=self.memory.checkpointing,
         )
 
     def plan(self) -> event_pb2.PlanResolved:
@@ -116,6 +119,10 @@ class Job:
             truncated_rows=self.rows.truncated,
             notes=self.notes,
             peak_flops=self.peak_flops,
+            activation_checkpointing=self.memory.checkpointing,
+            predicted_memory_bytes=self.memory.predicted_bytes,
+            calibrated_memory_bytes=self.memory.calibrated_bytes,
+            memory_limit_bytes=self.memory.limit_bytes,
         )
 
 
@@ -158,6 +165,8 @@ def set_up(task: TrainerTask, settings: Settings, places: Places, reporter: Repo
     sample_ids = [prompt_ids(tokenizer, tokens.template, each) for each in settings.sample_prompts]
     check()
 
+    room = memory.limit(compute.device, task)
+    gauge = memory.Gauge(compute.device)
     trained = _load_trained(task, settings, compute, places.resume_from)
     masters = Masters(trained.root, compute.dtype, cast_frozen=settings.lora is None)
     lora.speed_up(trained.causal_lm)
@@ -169,7 +178,25 @@ def set_up(task: TrainerTask, settings: Settings, places: Places, reporter: Repo
     check()
 
     total = total_steps(settings, order.steps_per_epoch)
-    budget = micro_batch_tokens(compute, resumed.plan if resumed else None)
+    shape = memory.Rows(rows.lengths, rows.scored, order, total, not forward.documents)
+    planned = memory.plan_memory(
+        trained,
+        settings,
+        compute,
+        forward,
+        shape,
+        limit=room,
+        most=most_tokens(compute),
+        resumed=resumed.plan if resumed else None,
+    )
+    batches = Batches(
+        forward.documents,
+        planned.budget_tokens,
+        tokenizer.pad_token_id or 0,
+        compute.device,
+        rope.borders(tokens.config.get_text_config(), tokens.options.max_length),
+    )
+    planned = memory.probed(planned, forward, masters, batches, shape, resumed=resumed is not None)
     job = Job(
         task=task,
         settings=settings,
@@ -189,17 +216,13 @@ def set_up(task: TrainerTask, settings: Settings, places: Places, reporter: Repo
         evaluated=evaluated,
         total_steps=total,
         warmup=warmup_steps(total, settings.warmup_steps, settings.warmup_ratio),
-        batches=Batches(
-            forward.documents,
-            budget,
-            tokenizer.pad_token_id or 0,
-            compute.device,
-            rope.borders(tokens.config.get_text_config(), tokens.options.max_length),
-        ),
+        batches=replace(batches, budget=planned.budget_tokens),
+        memory=planned,
+        gauge=gauge,
         throughput=Throughput(),
         operations=operations(trained),
         peak_flops=peak_flops(compute.device, compute.dtype),
-        notes=[*compute.notes, *notes, *_adapter_notes(task, settings, trained), *_row_notes(rows)],
+        notes=[*compute.notes, *notes, *_adapter_notes(task, settings, trained), *_row_notes(rows), *planned.notes],
         counters=resumed.counters if resumed else Counters(),
         saved=(resumed.counters.step, places.resume_from.name) if resumed and places.resume_from else (0, ""),
         resumed=resumed,

@@ -62,7 +62,7 @@ def fit(
         top = at(most)
         if top.fits:
             return top
-        low = at(SMALLEST)
+        low = at(min(SMALLEST, most))
         if low.fits:
             return _bisected(at, low, top)
         if smallest is None or low.predicted_bytes < smallest.predicted_bytes:

@@ -89,7 +89,8 @@ class Live(TorchDispatchMode):
             result = func(*args, **kwargs)
         made = [each for each in tree_leaves(result) if isinstance(each, torch.Tensor)]
         known = {each.untyped_storage()._cdata for each in inputs}
-        if any([self._count(each, known) for each in made]):
+        counted = [self._count(each, known) for each in made]  # each of them, so no generator
+        if any(counted):
             self.points.append(self.now)
         return result
 

@@ -21,7 +21,6 @@ from luthier_trainer.memory.terms import Terms, frontier
 from luthier_trainer.model import Trained
 from luthier_trainer.plan import Compute
 
-
 _SHORTEST = 211
 
 
@@ -66,7 +65,9 @@ class Need:
 
 
 @dataclass(frozen=True)
-class _Row:
+class Row:
+    """A tokenised row that is made up."""
+
     input_ids: npt.NDArray[np.int64]
     trained: npt.NDArray[np.bool_]
 
@@ -80,8 +81,8 @@ def need(
     documents: bool | None = None,
     fused_head: bool | None = None,
 ) -> Need:
-    """Traces a model that is loaded or on the meta device (`on_meta`), as the engine trains it; nothing is computed, and
-    the model is left as it was.
+    """Traces a model that is loaded or on the meta device (`on_meta`), as the engine trains it; nothing is computed,
+    and the model is left as it was.
 
     `documents`, `fused_head`: what `probe.choose_forward` decided, None for what it will in all likelihood.
     """
@@ -164,7 +165,7 @@ def _prime(start: int, dimensions: set[int]) -> int:
 
 def _batch(documents: bool, sizes: Sizes) -> MicroBatch:
     """Two documents, and as many targets as the sizes say: more than tokens, which is nothing to a trace."""
-    rows = [_Row(np.zeros(each, np.int64), np.ones(each, np.bool_)) for each in (sizes.first, sizes.second)]
+    rows = [Row(np.zeros(each, np.int64), np.ones(each, np.bool_)) for each in (sizes.first, sizes.second)]
     batch = flattened(rows) if documents else padded(rows, 0)
     scored = torch.zeros(sizes.scored, dtype=torch.int64)
     return replace(batch, scored=scored, targets=scored)

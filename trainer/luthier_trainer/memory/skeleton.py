@@ -2,7 +2,6 @@
 
 import dataclasses
 
-
 import torch
 from peft import LoraConfig, PeftConfig, get_peft_model
 from transformers import AutoModelForCausalLM
@@ -16,8 +15,9 @@ from luthier_trainer.plan import Compute
 
 
 def on_meta(source: BaseModelSource, settings: Settings, compute: Compute) -> Trained:
-    """The model of a task on the meta device: every module, shape and dtype, no memory. Reads configurations alone, that
-    of a continued adapter too. Quantised weights are as they would be without (`held` counts them by what is asked for).
+    """The model of a task on the meta device: every module, shape and dtype, no memory. Reads configurations alone,
+    that of a continued adapter too. Quantised weights are as they would be without: `held` counts them by what is
+    asked for.
 
     Raises TrainingError MODEL_NOT_FOUND, MODULE_NOT_FOUND, ADAPTER_UNSUPPORTED.
     """

@@ -1,0 +1,66 @@
+"""How much memory a job took, measured."""
+
+import contextlib
+import ctypes
+import resource
+import sys
+from pathlib import Path
+
+import torch
+
+_M_TRIM_THRESHOLD, _M_MMAP_THRESHOLD = -1, -3
+
+
+class Gauge:
+    """The most that a device's memory held over what it held when the gauge was made: on CUDA of the allocator's
+    tensors, on a CPU of what the process has resident.
+
+    On Linux the system's own mark of the most is set back at the start, so that what came before does not count.
+    """
+
+    def __init__(self, device: torch.device) -> None:
+        self._device = device
+        if device.type == "cuda":
+            torch.cuda.reset_peak_memory_stats(device)
+            self._before = torch.cuda.memory_allocated(device)
+        else:
+            give_back()
+            self._before = _resident()
+        self.restart()
+
+    def restart(self) -> None:
+        """The peak starts again from now."""
+        if self._device.type == "cuda":
+            torch.cuda.reset_peak_memory_stats(self._device)
+        else:
+            with contextlib.suppress(OSError):  # not on every system: then the process's whole life counts
+                Path("/proc/self/clear_refs").write_text("5")
+
+    def peak(self) -> int:
+        """Bytes."""
+        if self._device.type == "cuda":
+            return int(torch.cuda.max_memory_allocated(self._device)) - self._before
+        return max(_most_resident() - self._before, 0)
+
+
+def give_back() -> None:
+    """Returns to the system what the C library holds free."""
+    with contextlib.suppress(OSError, AttributeError):
+        ctypes.CDLL(None).malloc_trim(0)
+
+
+def _status(name: str) -> int | None:
+    with contextlib.suppress(OSError, ValueError, IndexError):
+        for line in Path("/proc/self/status").read_text().splitlines():
+            if line.startswith(name):
+                return int(line.split()[1]) * 1024
+    return None
+
+
+def _resident() -> int:
+    return _status("VmRSS:") or 0
+
+
+def _most_resident() -> int:
+    unit = 1 if sys.platform == "darwin" else 1024
+    return _status("VmHWM:") or resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * unit
