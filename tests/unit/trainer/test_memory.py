@@ -6,7 +6,7 @@ from typing import Any
 
 import pytest
 import torch
-from fidelity.jobs import Recorder, chats, task, tiny_base
+from fidelity.jobs import Recorder, StopAfter, chats, task, tiny_base
 from fidelity.tiny import gradients, largest_error, llama, rows, with_lora
 from safetensors.torch import load_file
 
@@ -18,6 +18,7 @@ from luthier_trainer.control import NoControl
 from luthier_trainer.errors import TrainingError
 from luthier_trainer.flatten import flattened
 from luthier_trainer.forward import DOCUMENTS, Forward, set_attention
+from luthier_trainer.memory import held, planning
 from luthier_trainer.memory.activations import checkpoint_layers
 from luthier_trainer.memory.terms import Terms, frontier
 from luthier_trainer.plan import Compute
@@ -73,12 +74,39 @@ def test_a_model_that_computes_its_layers_twice_has_the_same_loss_and_gradients_
     assert largest_error(found[1][1], found[0][1]) == 0.0
 
 
-def test_a_job_with_little_memory_computes_layers_twice_and_learns_the_same(tmp_path: Path) -> None:
-    roomy, _, _ = run(tmp_path / "roomy", max_length=256)
+def test_a_job_that_computes_layers_twice_learns_the_same_also_when_it_was_stopped(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    plain: dict[str, Any] = {"dropout": 0.3, "max_steps": 6, "batch_size": 4}
+    run(tmp_path / "plain", **plain)
+    monkeypatch.setattr(planning, "_fitted", lambda found, most: planning.MemoryPlan(most, True))
+    plan, _, _ = run(tmp_path / "twice", **plain)
+    assert plan.activation_checkpointing
+    assert tensors(tmp_path / "twice" / "model") == tensors(tmp_path / "plain" / "model")
+
+    folder = tmp_path / "stopped"
+    folder.mkdir()
+    job = task(folder, tmp_path / "base", chats(folder / "chats.jsonl", rows=40), **plain)
+    recorder = Recorder()
+    stopped = sft.train(job, recorder, StopAfter(recorder, 3))
+    assert isinstance(stopped, Stopped)
+    monkeypatch.undo()
+    job.resume_from = str(folder / "checkpoints" / stopped.checkpoint)
+    job.attempt = 2
+    again = Recorder()
+    sft.train(job, again, NoControl())
+    assert plan_of(again).activation_checkpointing
+    assert tensors(folder / "model") == tensors(tmp_path / "plain" / "model")
+
+
+def test_a_job_with_room_reports_what_it_will_take_and_what_there_is(tmp_path: Path) -> None:
+    roomy, _, end = run(tmp_path / "roomy")
     assert not roomy.activation_checkpointing
     assert roomy.micro_batch_tokens == 4096
     assert roomy.predicted_memory_bytes > 0
     assert roomy.memory_limit_bytes > roomy.predicted_memory_bytes
+    assert isinstance(end, Finished)
+    assert end.metrics["peak_memory_bytes"] > 0
 
 
 def test_a_job_that_cannot_fit_is_refused_before_its_first_step_with_numbers(tmp_path: Path) -> None:
@@ -89,7 +117,10 @@ def test_a_job_that_cannot_fit_is_refused_before_its_first_step_with_numbers(tmp
     assert "max_length" in refused.value.hint
 
 
-def test_less_memory_means_smaller_micro_batches_and_a_note_that_says_so(tmp_path: Path) -> None:
+def test_less_memory_means_smaller_micro_batches_and_a_note_that_says_so(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(held, "CODE", 0)  # far more than so small a model takes
     roomy, _, _ = run(tmp_path / "a")
     tight, recorder, _ = run(tmp_path / "b", limit=roomy.predicted_memory_bytes * 3 // 4)
     assert tight.micro_batch_tokens < roomy.micro_batch_tokens

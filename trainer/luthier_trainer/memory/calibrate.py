@@ -56,8 +56,7 @@ def _random(forward: Forward, batches: Batches, tokens: int, longest: int) -> Mi
     vocabulary = int(forward.model.config.get_text_config().vocab_size)
     length = max(min(longest, tokens), 2)
     draw = np.random.default_rng(0)
-    rows = []
-    for _ in range(max(tokens // length, 1)):
-        rows.append(Row(draw.integers(0, vocabulary, length), np.arange(length) >= length // 2))
+    targets = np.arange(length) >= length // 2
+    rows = [Row(draw.integers(0, vocabulary, length), targets) for _ in range(max(tokens // length, 1))]
     batch = flattened(rows) if batches.documents else padded(rows, batches.pad_id)
     return batch.to(batches.device)

@@ -14,6 +14,10 @@ _NF4, _INT8 = 0.5 + 1 / 64 + 4 / (64 * 256), 1.0
 """Bytes a weight: 4 bits with a scale of 8 bits for each 64 weights and one of 32 for each 256 of those; 8 bits."""
 
 
+CODE = 35 << 20
+"""Resident bytes of libraries that a loaded process has not touched before it trains on a CPU."""
+
+
 @dataclass(frozen=True)
 class Held:
     """Bytes. weights: as the model computes with them, those of trained ones excepted where they are the masters;

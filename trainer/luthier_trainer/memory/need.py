@@ -13,6 +13,7 @@ from luthier_trainer import loss
 from luthier_trainer.config import Settings
 from luthier_trainer.flatten import MicroBatch, flattened, padded
 from luthier_trainer.forward import DOCUMENTS, Forward, plain_head, set_attention
+from luthier_trainer.memory import held as holding
 from luthier_trainer.memory.activations import checkpoint_layers
 from luthier_trainer.memory.held import held
 from luthier_trainer.memory.layers import Skipping
@@ -95,10 +96,11 @@ def need(
     sizes = _sizes(trained, loss.chunk_rows(vocabulary, compute.device), vocabulary, documents)
     moments = _trace(trained, Forward(model, documents, fused_head), sizes, compute.device, checkpointing)
     kept = held(trained, settings, compute.dtype)
+    code = holding.CODE if compute.device.type == "cpu" else 0
     return Need(
-        fixed=kept.in_training,
-        load=kept.peak_load,
-        save=kept.in_training + kept.peak_save,
+        fixed=kept.in_training + code,
+        load=kept.peak_load + code,
+        save=kept.in_training + kept.peak_save + code,
         moments=moments,
         chunk_rows=sizes.chunk_rows,
         checkpointing=checkpointing,

@@ -13,6 +13,7 @@ from luthier_trainer.memory.activations import can_checkpoint, checkpoint_layers
 from luthier_trainer.memory.calibrate import calibrated
 from luthier_trainer.memory.fit import Fit, fit
 from luthier_trainer.memory.need import Need, need
+from luthier_trainer.memory.resident import follow_allocations
 from luthier_trainer.memory.shape import Rows
 from luthier_trainer.model import Trained
 from luthier_trainer.plan import Compute
@@ -96,6 +97,8 @@ def probed(
     that this one does not fit after all. A resumed plan keeps its budget."""
     if planned.need is None or not planned.is_tight:
         return planned
+    if batches.device.type == "cpu":
+        follow_allocations()
     longest = rows.largest(planned.budget_tokens).longest
     found = calibrated(planned.need, forward, masters, batches, longest)
 

@@ -8,7 +8,7 @@ from pathlib import Path
 
 import torch
 
-_M_TRIM_THRESHOLD, _M_MMAP_THRESHOLD = -1, -3
+_M_MMAP_THRESHOLD = -3
 
 
 class Gauge:
@@ -41,6 +41,23 @@ class Gauge:
         if self._device.type == "cuda":
             return int(torch.cuda.max_memory_allocated(self._device)) - self._before
         return max(_most_resident() - self._before, 0)
+
+
+_FOLLOWING = 1 << 20
+
+
+def follow_allocations() -> None:
+    """From now on what is resident follows what is allocated: the C library gives every tensor of a megabyte or more
+    back to the system when it is freed.
+
+    Left to itself it keeps them, which saves zeroed pages, and splits them, which takes up to 1.3 times the memory. A
+    micro-batch of a Llama of 3 layers and 3,800 tokens took 3.2 s of a core in its own way, and 3.7 s so: only worth
+    it where memory is scarce.
+    """
+    with contextlib.suppress(OSError, AttributeError):
+        library = ctypes.CDLL(None)
+        library.mallopt(_M_MMAP_THRESHOLD, _FOLLOWING)
+        library.malloc_trim(0)
 
 
 def give_back() -> None:
