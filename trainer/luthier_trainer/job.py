@@ -25,6 +25,7 @@ from luthier_trainer.flops import Operations, operations
 from luthier_trainer.forward import Forward
 from luthier_trainer.gauges import peak_flops
 from luthier_trainer.masters import Masters
+from luthier_trainer.memory import Gauge, MemoryPlan
 from luthier_trainer.model import Trained, adapter_rank, load_base, prepare
 from luthier_trainer.neftune import Neftune
 from luthier_trainer.optimizer import Optimizer
@@ -67,8 +68,8 @@ class Job:
     total_steps: int
     warmup: int
     batches: Batches
-    memory: memory.MemoryPlan
-    gauge: memory.Gauge
+    memory: MemoryPlan
+    gauge: Gauge
     throughput: Throughput
     operations: Operations | None
     peak_flops: float
@@ -166,6 +167,7 @@ def set_up(task: TrainerTask, settings: Settings, places: Places, reporter: Repo
     check()
 
     room = memory.limit(compute.device, task)
+    memory.require_room_for_weights(task.base_model, room)
     gauge = memory.Gauge(compute.device)
     trained = _load_trained(task, settings, compute, places.resume_from)
     masters = Masters(trained.root, compute.dtype, cast_frozen=settings.lora is None)
@@ -196,7 +198,7 @@ def set_up(task: TrainerTask, settings: Settings, places: Places, reporter: Repo
         compute.device,
         rope.borders(tokens.config.get_text_config(), tokens.options.max_length),
     )
-    planned = memory.probed(planned, forward, masters, batches, shape, resumed=resumed is not None)
+    planned = memory.probed(planned, forward, masters, batches, shape, gauge, resumed=resumed is not None)
     job = Job(
         task=task,
         settings=settings,

@@ -54,14 +54,15 @@ class Need:
         """Bytes that one more scored token takes once the loss's chunk is full, at most."""
         return self.slope * max((each.scored for each in self.moments), default=0.0)
 
-    def activations(self, tokens: int, scored: int, longest: int) -> float:
+    def activations(self, tokens: int, scored: int, longest: int, pairs: int | None = None) -> float:
         """Of one micro-batch, over `fixed`, as traced."""
-        return max((each.bytes(tokens, scored, longest, self.chunk_rows) for each in self.moments), default=0.0)
+        return max((each.bytes(tokens, scored, longest, self.chunk_rows, pairs) for each in self.moments), default=0.0)
 
-    def peak(self, tokens: int, scored: int, longest: int) -> int:
+    def peak(self, tokens: int, scored: int, longest: int, pairs: int | None = None) -> int:
         """The most that is taken at a time when the largest micro-batch has so many tokens, `scored` of them targets,
-        in documents of at most `longest` tokens. Where batches are padded, padding counts as tokens."""
-        step = self.fixed + self.offset + self.slope * self.activations(tokens, scored, longest)
+        in documents of at most `longest` tokens, the squares of whose lengths make `pairs` (None: the most that they
+        can make). Where batches are padded, padding counts as tokens."""
+        step = self.fixed + self.offset + self.slope * self.activations(tokens, scored, longest, pairs)
         return int(max(step, self.load, self.save))
 
 

@@ -3,7 +3,9 @@
 import functools
 import logging
 from dataclasses import dataclass, replace
+from pathlib import Path
 
+from luthier.trainer.v1.task_pb2 import BaseModelSource
 from luthier_trainer.batches import Batches
 from luthier_trainer.config import Settings
 from luthier_trainer.errors import TrainingError
@@ -13,7 +15,7 @@ from luthier_trainer.memory.activations import can_checkpoint, checkpoint_layers
 from luthier_trainer.memory.calibrate import calibrated
 from luthier_trainer.memory.fit import Fit, fit
 from luthier_trainer.memory.need import Need, need
-from luthier_trainer.memory.resident import follow_allocations
+from luthier_trainer.memory.resident import Gauge, follow_allocations
 from luthier_trainer.memory.shape import Rows
 from luthier_trainer.model import Trained
 from luthier_trainer.plan import Compute
@@ -39,6 +41,20 @@ class MemoryPlan:
     def is_tight(self) -> bool:
         """Whether probes are worth their time: more than half of the limit is foretold."""
         return self.need is not None and 0 < self.limit_bytes < 2 * self.predicted_bytes
+
+
+_NARROWEST = 8
+"""Times that weights of 32 bits are smaller when they are held in 4."""
+
+
+def require_room_for_weights(source: BaseModelSource, limit: int) -> None:
+    """Raises TrainingError OUT_OF_MEMORY for weights that are too large in any number format, so that reading them does
+    not take the machine down; `plan_memory` tells exactly, once they are there. A limit of 0 is none."""
+    if source.is_hub or limit <= 0:
+        return
+    least = sum(each.stat().st_size for each in Path(source.location).glob("*.safetensors")) // _NARROWEST
+    if least > limit:
+        raise _refused(least, limit)
 
 
 def plan_memory(
@@ -86,12 +102,19 @@ def plan_memory(
         return replace(kept, limit_bytes=limit, notes=(*kept.notes, "what it takes of memory cannot be foretold"))
     largest = rows.largest(found.budget_tokens)
     checkpoint_layers(trained.causal_lm, found.checkpointing)
-    peak = taken.peak(largest.tokens, largest.scored, largest.longest)
+    peak = taken.peak(largest.tokens, largest.scored, largest.longest, largest.pairs)
     return replace(found, need=taken, predicted_bytes=peak, limit_bytes=limit)
 
 
 def probed(
-    planned: MemoryPlan, forward: Forward, masters: Masters, batches: Batches, rows: Rows, *, resumed: bool
+    planned: MemoryPlan,
+    forward: Forward,
+    masters: Masters,
+    batches: Batches,
+    rows: Rows,
+    gauge: Gauge,
+    *,
+    resumed: bool,
 ) -> MemoryPlan:
     """The plan after two short probes, where it is tight: what they find is told, and the budget lowered when it says
     that this one does not fit after all. A resumed plan keeps its budget."""
@@ -100,11 +123,12 @@ def probed(
     if batches.device.type == "cpu":
         follow_allocations()
     longest = rows.largest(planned.budget_tokens).longest
-    found = calibrated(planned.need, forward, masters, batches, longest)
+    gauge.note()
+    found = calibrated(planned.need, forward, masters, batches, longest, gauge)
 
     def peak(budget: int) -> int:
         largest = rows.largest(budget)
-        return found.peak(largest.tokens, largest.scored, largest.longest)
+        return found.peak(largest.tokens, largest.scored, largest.longest, largest.pairs)
 
     told = replace(planned, need=found, calibrated_bytes=peak(planned.budget_tokens))
     if resumed or told.calibrated_bytes <= planned.limit_bytes:
@@ -129,18 +153,21 @@ def probed(
 def _fitted(found: Fit, most: int) -> MemoryPlan:
     """Raises TrainingError OUT_OF_MEMORY when it does not fit."""
     if not found.fits:
-        raise TrainingError(
-            "OUT_OF_MEMORY",
-            f"Training would take {megabytes(found.predicted_bytes)} of memory, and there are"
-            f" {megabytes(found.limit_bytes)}.",
-            "Lower max_length, choose LoRA or bfloat16, or take a smaller base model.",
-        )
+        raise _refused(found.predicted_bytes, found.limit_bytes)
     notes = []
     if found.budget_tokens < most:
         notes.append(f"micro-batches have {found.budget_tokens} tokens in place of {most}: memory has no room for more")
     if found.checkpointing:
         notes.append("layers compute twice to save memory: without, the longest row would not fit")
     return MemoryPlan(found.budget_tokens, found.checkpointing, notes=tuple(notes))
+
+
+def _refused(needed: int, limit: int) -> TrainingError:
+    return TrainingError(
+        "OUT_OF_MEMORY",
+        f"Training would take at least {megabytes(needed)} of memory, and there are {megabytes(limit)}.",
+        "Lower max_length, choose LoRA or bfloat16, or take a smaller base model.",
+    )
 
 
 def megabytes(size: int) -> str:

@@ -36,15 +36,18 @@ class Rows:
             targets = int(np.sort(self._scored[self._rows])[-self._batch_size :].sum())
             return Largest(tokens, min(tokens, targets), longest)
         found = [self._cut(rows, budget) for rows in self._steps]
-        return Largest(max(each[0] for each in found), max(each[1] for each in found), longest)
+        tokens, scored, pairs = (max(each[part] for each in found) for part in range(3))
+        return Largest(tokens, scored, longest, pairs)
 
-    def _cut(self, rows: npt.NDArray[np.int64], budget: int) -> tuple[int, int]:
-        """As `flatten.cut` cuts an optimizer step."""
-        most_tokens = most_scored = tokens = scored = 0
+    def _cut(self, rows: npt.NDArray[np.int64], budget: int) -> tuple[int, int, int]:
+        """(tokens, targets, squares of lengths), each the most, as `flatten.cut` cuts an optimizer step."""
+        most_tokens = most_scored = most_pairs = tokens = scored = pairs = 0
         for length, targets in zip(self._lengths[rows].tolist(), self._scored[rows].tolist(), strict=True):
             if tokens and tokens + length > budget:
-                tokens = scored = 0
+                tokens = scored = pairs = 0
             tokens += length
             scored += min(targets, length)
+            pairs += length * length
+            most_pairs = max(most_pairs, pairs)
             most_tokens, most_scored = max(most_tokens, tokens), max(most_scored, scored)
-        return most_tokens, most_scored
+        return most_tokens, most_scored, most_pairs

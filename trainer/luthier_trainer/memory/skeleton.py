@@ -26,7 +26,7 @@ def on_meta(source: BaseModelSource, settings: Settings, compute: Compute) -> Tr
     attention = None if settings.attention == "auto" else settings.attention
     bare = BaseModelSource()
     with torch.device("meta"):
-        base = AutoModelForCausalLM.from_config(config, dtype=dtype, attn_implementation=attention)
+        base = AutoModelForCausalLM.from_config(config, dtype=dtype, attn_implementation=attention)  # type: ignore[no-untyped-call]
         if settings.lora is not None and source.adapter_dir:
             adapter = PeftConfig.from_pretrained(source.adapter_dir)
             assert isinstance(adapter, LoraConfig)
