@@ -6,7 +6,7 @@ PROTO_VENV := .venv-proto
 DISTS := proto server client trainer
 PIP := $(BIN)/python -m pip --quiet --disable-pip-version-check
 
-.PHONY: help setup setup-dev demo serve test check format bench fault mutate proto dist clean
+.PHONY: help setup setup-dev demo serve test check format bench memory fault mutate proto dist clean
 
 help: ## show this help
 	@grep -hE '^[a-z-]+:.*##' $(MAKEFILE_LIST) | sed -E 's/:.*## /\t/' | expand -t 14
@@ -53,6 +53,9 @@ mutate: setup-dev ## throw N mutated files and templates at a server; goes on wh
 
 bench: setup-dev ## measure against the peers and the limits; writes benchmarks/results
 	@$(BIN)/python -m benchmarks
+
+memory: setup-dev ## measure whether jobs take the memory that is foretold; writes benchmarks/results
+	@OMP_NUM_THREADS=1 $(BIN)/python -m benchmarks.memory
 
 $(PROTO_VENV)/.ready: Makefile
 	@$(PYTHON) -m venv $(PROTO_VENV)

@@ -20,7 +20,7 @@ from luthier_trainer.flops import Operations, operations
 from luthier_trainer.forecast import Extent, Forecast, Outlook, Room, remedies, total_memory
 from luthier_trainer.gauges import peak_flops
 from luthier_trainer.job import dtype_name
-from luthier_trainer.plan import _CPU_TOKENS, _CUDA_TOKENS, Compute, choose_compute
+from luthier_trainer.plan import Compute, choose_compute, most_tokens
 from luthier_trainer.report import Reporter
 from luthier_trainer.stop import Check
 
@@ -29,7 +29,6 @@ _SHARE = 0.92
 _GLANCE_ROWS, _GLANCE_SECONDS = 256, 0.5
 """Rows that are looked at for the memory alone, and the time for that and for advice: somebody creates a job."""
 _REMEDY_SECONDS = 5.0
-_MOST_TOKENS = {"cpu": _CPU_TOKENS, "cuda": _CUDA_TOKENS}
 
 
 def estimate(task: TrainerTask, reporter: Reporter, check: Check) -> estimate_pb2.JobEstimate:
@@ -135,7 +134,7 @@ def _room(task: TrainerTask, settings: Settings, compute: Compute, answer: estim
         total = limit = task.memory_limit_bytes
         free = min(free, limit)
     answer.device_memory.total_bytes, answer.device_memory.free_bytes = total, free
-    return Room(limit, int(host_total * _SHARE), _MOST_TOKENS[compute.device.type], settings.batch_size)
+    return Room(limit, int(host_total * _SHARE), most_tokens(compute), settings.batch_size)
 
 
 def _tell_memory(forecast: Forecast, answer: estimate_pb2.JobEstimate) -> None:

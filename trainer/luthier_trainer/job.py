@@ -12,7 +12,7 @@ from transformers import PreTrainedTokenizerBase
 
 from luthier.trainer.v1.task_pb2 import BaseModelSource, DatasetSource, TrainerTask
 from luthier.v1 import event_pb2, job_pb2, tokenization_pb2
-from luthier_trainer import checkpoint, durable, rope, speedups
+from luthier_trainer import checkpoint, durable, memory, rope, speedups
 from luthier_trainer.batches import Batches
 from luthier_trainer.config import Places, Settings
 from luthier_trainer.data.masks.render import prompt_ids
@@ -26,11 +26,12 @@ from luthier_trainer.flops import Operations, operations
 from luthier_trainer.forward import Forward
 from luthier_trainer.gauges import peak_flops
 from luthier_trainer.masters import Masters
+from luthier_trainer.memory import Gauge, MemoryPlan
 from luthier_trainer.model import Trained, adapter_rank, load_base, prepare
 from luthier_trainer.neftune import Neftune
 from luthier_trainer.optimizer import Optimizer
 from luthier_trainer.order import RowOrder
-from luthier_trainer.plan import Compute, attention_name, choose_blocks, choose_compute, micro_batch_tokens
+from luthier_trainer.plan import Compute, attention_name, choose_blocks, choose_compute, most_tokens
 from luthier_trainer.probe import choose_forward
 from luthier_trainer.quantization import quantization_config
 from luthier_trainer.report import Reporter
@@ -68,6 +69,8 @@ class Job:
     total_steps: int
     warmup: int
     batches: Batches
+    memory: MemoryPlan
+    gauge: Gauge
     throughput: Throughput
     operations: Operations | None
     peak_flops: float
@@ -111,6 +114,7 @@ class Job:
             attention=attention_name(self.forward, self.compute),
             micro_batch_tokens=self.batches.budget,
             threads=self.compute.threads,
+            activation_checkpointing=self.memory.checkpointing,
         )
 
     def plan(self) -> event_pb2.PlanResolved:
@@ -132,6 +136,10 @@ class Job:
             if self.found_rate is None
             else [*self.notes, f"learning rate {self.found_rate:g}, by a range test"],
             peak_flops=self.peak_flops,
+            activation_checkpointing=self.memory.checkpointing,
+            predicted_memory_bytes=self.memory.predicted_bytes,
+            calibrated_memory_bytes=self.memory.calibrated_bytes,
+            memory_limit_bytes=self.memory.limit_bytes,
         )
 
 
@@ -179,6 +187,9 @@ def set_up(task: TrainerTask, settings: Settings, places: Places, reporter: Repo
     sample_ids = [prompt_ids(tokenizer, tokens.template, each) for each in settings.sample_prompts]
     check()
 
+    room = memory.limit(compute.device, task)
+    memory.require_room_for_weights(task.base_model, room)
+    gauge = memory.Gauge(compute.device)
     trained = _load_trained(task, settings, compute, places.resume_from)
     masters = Masters(trained.root, compute.dtype, cast_frozen=settings.lora is None)
     speedups.speed_up(trained.causal_lm)
@@ -191,7 +202,25 @@ def set_up(task: TrainerTask, settings: Settings, places: Places, reporter: Repo
     check()
 
     total = total_steps(settings, order.steps_per_epoch)
-    budget = micro_batch_tokens(compute, resumed.plan if resumed else None)
+    shape = memory.Rows(*rows.sizes, order, total, not forward.documents)
+    planned = memory.plan_memory(
+        trained,
+        settings,
+        compute,
+        forward,
+        shape,
+        limit=room,
+        most=most_tokens(compute),
+        resumed=resumed.plan if resumed else None,
+    )
+    batches = Batches(
+        forward.documents,
+        planned.budget_tokens,
+        tokenizer.pad_token_id or 0,
+        compute.device,
+        rope.borders(tokens.config.get_text_config(), tokens.options.max_length),
+    )
+    planned = memory.probed(planned, forward, masters, batches, shape, gauge, resumed=resumed is not None)
     job = Job(
         task=task,
         settings=settings,
@@ -211,17 +240,13 @@ def set_up(task: TrainerTask, settings: Settings, places: Places, reporter: Repo
         evaluated=evaluated,
         total_steps=total,
         warmup=warmup_steps(total, settings.warmup_steps, settings.warmup_ratio),
-        batches=Batches(
-            forward.documents,
-            budget,
-            tokenizer.pad_token_id or 0,
-            compute.device,
-            rope.borders(tokens.config.get_text_config(), tokens.options.max_length),
-        ),
+        batches=replace(batches, budget=planned.budget_tokens),
+        memory=planned,
+        gauge=gauge,
         throughput=Throughput(),
         operations=operations(trained),
         peak_flops=peak_flops(compute.device, compute.dtype),
-        notes=[*compute.notes, *notes, *_adapter_notes(task, settings, trained), *_row_notes(rows)],
+        notes=[*compute.notes, *notes, *_adapter_notes(task, settings, trained), *_row_notes(rows), *planned.notes],
         counters=resumed.counters if resumed else Counters(),
         saved=(resumed.counters.step, places.resume_from.name) if resumed and places.resume_from else (0, ""),
         resumed=resumed,

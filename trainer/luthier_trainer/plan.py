@@ -72,10 +72,8 @@ def _dtype(
     return (torch.bfloat16 if gain >= _WORTHWHILE_GAIN else torch.float32), [note]
 
 
-def micro_batch_tokens(compute: Compute, resumed: ResumedPlan | None) -> int:
-    """Tokens that go through the model together at most."""
-    if resumed is not None:
-        return resumed.micro_batch_tokens
+def most_tokens(compute: Compute) -> int:
+    """Tokens that go through the model together at most, however much memory there is: more are no faster."""
     return _CUDA_TOKENS if compute.device.type == "cuda" else _CPU_TOKENS
 
 

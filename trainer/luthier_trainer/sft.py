@@ -316,6 +316,7 @@ def _finish(job: Job) -> Finished:
         "epochs": job.epoch,
         "trained_tokens": float(counters.trained_tokens),
         "training_seconds": counters.seconds,
+        "peak_memory_bytes": float(job.gauge.peak()),
         **counters.evaluation,
         **best.metrics(job),
     }

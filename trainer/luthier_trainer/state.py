@@ -47,6 +47,7 @@ class ResumedPlan:
     attention: str
     micro_batch_tokens: int
     threads: int
+    activation_checkpointing: bool = False
 
 
 @dataclass(frozen=True)

@@ -1,5 +1,5 @@
-"""Activation checkpointing: a layer keeps its input alone, and computes the rest again in the backward pass (Chen et al.
-2016, arXiv 1604.06174)."""
+"""Activation checkpointing: a layer keeps its input alone, and computes the rest again in the backward pass (Chen et
+al. 2016, arXiv 1604.06174)."""
 
 import functools
 

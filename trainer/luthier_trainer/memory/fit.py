@@ -11,12 +11,13 @@ _STEP = 64
 
 @dataclass(frozen=True)
 class Largest:
-    """The largest micro-batch that a budget of tokens makes of a job's rows: its tokens, its targets, and the tokens of
-    the longest row."""
+    """The largest micro-batch that a budget of tokens makes of a job's rows: its tokens, its targets, the tokens of
+    the longest row, and the sum of the squares of its documents' lengths, None for the most that it can be."""
 
     tokens: int
     scored: int
     longest: int
+    pairs: int | None = None
 
 
 @dataclass(frozen=True)
@@ -57,12 +58,14 @@ def fit(
 
         def at(budget: int, need: Need = need) -> Fit:
             found = shape(budget)
-            return Fit(budget, need.checkpointing, need.peak(found.tokens, found.scored, found.longest), limit)
+            return Fit(
+                budget, need.checkpointing, need.peak(found.tokens, found.scored, found.longest, found.pairs), limit
+            )
 
         top = at(most)
         if top.fits:
             return top
-        low = at(SMALLEST)
+        low = at(min(SMALLEST, most))
         if low.fits:
             return _bisected(at, low, top)
         if smallest is None or low.predicted_bytes < smallest.predicted_bytes:

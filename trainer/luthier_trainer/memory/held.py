@@ -14,11 +14,15 @@ _NF4, _INT8 = 0.5 + 1 / 64 + 4 / (64 * 256), 1.0
 """Bytes a weight: 4 bits with a scale of 8 bits for each 64 weights and one of 32 for each 256 of those; 8 bits."""
 
 
+CODE = 35 << 20
+"""Resident bytes of libraries that a loaded process has not touched before it trains on a CPU."""
+
+
 @dataclass(frozen=True)
 class Held:
     """Bytes. weights: as the model computes with them, those of trained ones excepted where they are the masters;
-    trained: weights that are trained, counted; peak_load: at most while the weights are read and copied; peak_save: over
-    all that is held, while a checkpoint is written."""
+    trained: weights that are trained, counted; peak_load: at most while the weights are read and copied; peak_save:
+    over all that is held, while a checkpoint is written."""
 
     weights: int
     trained: int
@@ -49,10 +53,8 @@ def held(trained: Trained, settings: Settings, dtype: torch.dtype) -> Held:
                 kept += each.numel() * dtype.itemsize
     buffers = sum(each.numel() * each.element_size() for each in _distinct(trained.root.buffers()))
     weights = frozen + live + kept + buffers
-    if settings.lora is None:  # read in 32 bits, then copied into the masters
-        load = frozen + buffers + 2 * _MASTER * count + live + kept
-    else:
-        load = weights + _MASTER * count
+    read = _MASTER * count if settings.lora is None else 0  # in 32 bits, then copied into the masters
+    load = weights + _MASTER * count + read
     return Held(weights, count, load, 5 * _MASTER * count)
 
 

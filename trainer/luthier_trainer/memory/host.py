@@ -9,8 +9,8 @@ LOADED_PROCESS = 480 << 20
 
 
 def host_need(need: Need, device: torch.device, peak: int) -> int:
-    """Bytes of the host: on a CPU the loaded process and `peak`, what training takes there; on CUDA the process and what
-    passes through the host while the model is loaded or saved."""
+    """Bytes of the host: on a CPU the loaded process and `peak`, what training takes there; on CUDA the process and
+    what passes through the host while the model is loaded or saved."""
     if device.type == "cpu":
         return LOADED_PROCESS + peak
     return LOADED_PROCESS + max(need.load, need.save - need.fixed)

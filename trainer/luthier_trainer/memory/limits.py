@@ -16,8 +16,8 @@ _UNLIMITED = 1 << 60
 
 
 def limit(device: torch.device, task: TrainerTask) -> int:
-    """Bytes that training may take on the device over what the process has now: the task's own limit if it has one, else
-    what is free less a margin. 0 when nothing is known."""
+    """Bytes that training may take on the device over what the process has now: the task's own limit if it has one,
+    else what is free less a margin. 0 when nothing is known."""
     if task.memory_limit_bytes > 0:
         return int(task.memory_limit_bytes)
     if device.type == "cuda":

@@ -58,7 +58,7 @@ class Sizes:
         return Terms(always=float(size)), -1
 
 
-class Live(TorchDispatchMode):
+class Live(TorchDispatchMode):  # type: ignore[no-untyped-call]
     """Counts, within its context, all storages that were made there and are still alive.
 
     What depends on no fake tensor and has integers or truth values is computed for real: models ask for the values of
@@ -66,7 +66,7 @@ class Live(TorchDispatchMode):
     """
 
     def __init__(self, sizes: Sizes) -> None:
-        super().__init__()
+        super().__init__()  # type: ignore[no-untyped-call]
         self._sizes = sizes
         self._alive: dict[int, weakref.ref[Any]] = {}
         self._common = Terms()
@@ -89,7 +89,8 @@ class Live(TorchDispatchMode):
             result = func(*args, **kwargs)
         made = [each for each in tree_leaves(result) if isinstance(each, torch.Tensor)]
         known = {each.untyped_storage()._cdata for each in inputs}
-        if any([self._count(each, known) for each in made]):
+        counted = [self._count(each, known) for each in made]  # each of them, so no generator
+        if any(counted):
             self.points.append(self.now)
         return result
 
@@ -126,11 +127,12 @@ def _is_real(inputs: list[torch.Tensor], kwargs: dict[str, Any]) -> bool:
 def faked(model: nn.Module, device: torch.device) -> Iterator[None]:
     """Within, and within a fake mode, the model's parameters and buffers are fakes on the device. Gradients are as the
     engine holds them: kept where the model computes in 32 bits, else handed on as soon as they are there."""
-    kept: list[tuple[dict[str, Any], str, torch.Tensor]] = []
-    made: dict[int, torch.Tensor] = {}
+    kept: list[tuple[dict[str, Any], str, Any]] = []
+    made: dict[int, Any] = {}
     try:
         for module in model.modules():
-            for held in (module._parameters, module._buffers):
+            stores: tuple[dict[str, Any], ...] = (module._parameters, module._buffers)
+            for held in stores:
                 for name, real in list(held.items()):
                     if real is not None:
                         kept.append((held, name, real))

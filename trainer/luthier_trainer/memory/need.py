@@ -13,6 +13,7 @@ from luthier_trainer import loss
 from luthier_trainer.config import Settings
 from luthier_trainer.flatten import MicroBatch, flattened, padded
 from luthier_trainer.forward import DOCUMENTS, Forward, plain_head, set_attention
+from luthier_trainer.memory import held as holding
 from luthier_trainer.memory.activations import checkpoint_layers
 from luthier_trainer.memory.held import held
 from luthier_trainer.memory.layers import Skipping
@@ -20,7 +21,6 @@ from luthier_trainer.memory.live import Live, Sizes, faked
 from luthier_trainer.memory.terms import Terms, frontier
 from luthier_trainer.model import Trained
 from luthier_trainer.plan import Compute
-
 
 _SHORTEST = 211
 
@@ -54,19 +54,22 @@ class Need:
         """Bytes that one more scored token takes once the loss's chunk is full, at most."""
         return self.slope * max((each.scored for each in self.moments), default=0.0)
 
-    def activations(self, tokens: int, scored: int, longest: int) -> float:
+    def activations(self, tokens: int, scored: int, longest: int, pairs: int | None = None) -> float:
         """Of one micro-batch, over `fixed`, as traced."""
-        return max((each.bytes(tokens, scored, longest, self.chunk_rows) for each in self.moments), default=0.0)
+        return max((each.bytes(tokens, scored, longest, self.chunk_rows, pairs) for each in self.moments), default=0.0)
 
-    def peak(self, tokens: int, scored: int, longest: int) -> int:
+    def peak(self, tokens: int, scored: int, longest: int, pairs: int | None = None) -> int:
         """The most that is taken at a time when the largest micro-batch has so many tokens, `scored` of them targets,
-        in documents of at most `longest` tokens. Where batches are padded, padding counts as tokens."""
-        step = self.fixed + self.offset + self.slope * self.activations(tokens, scored, longest)
+        in documents of at most `longest` tokens, the squares of whose lengths make `pairs` (None: the most that they
+        can make). Where batches are padded, padding counts as tokens."""
+        step = self.fixed + self.offset + self.slope * self.activations(tokens, scored, longest, pairs)
         return int(max(step, self.load, self.save))
 
 
 @dataclass(frozen=True)
-class _Row:
+class Row:
+    """A tokenised row that is made up."""
+
     input_ids: npt.NDArray[np.int64]
     trained: npt.NDArray[np.bool_]
 
@@ -80,8 +83,8 @@ def need(
     documents: bool | None = None,
     fused_head: bool | None = None,
 ) -> Need:
-    """Traces a model that is loaded or on the meta device (`on_meta`), as the engine trains it; nothing is computed, and
-    the model is left as it was.
+    """Traces a model that is loaded or on the meta device (`on_meta`), as the engine trains it; nothing is computed,
+    and the model is left as it was.
 
     `documents`, `fused_head`: what `probe.choose_forward` decided, None for what it will in all likelihood.
     """
@@ -94,10 +97,11 @@ def need(
     sizes = _sizes(trained, loss.chunk_rows(vocabulary, compute.device), vocabulary, documents)
     moments = _trace(trained, Forward(model, documents, fused_head), sizes, compute.device, checkpointing)
     kept = held(trained, settings, compute.dtype)
+    code = holding.CODE if compute.device.type == "cpu" else 0
     return Need(
-        fixed=kept.in_training,
-        load=kept.peak_load,
-        save=kept.in_training + kept.peak_save,
+        fixed=kept.in_training + code,
+        load=kept.peak_load + code,
+        save=kept.in_training + kept.peak_save + code,
         moments=moments,
         chunk_rows=sizes.chunk_rows,
         checkpointing=checkpointing,
@@ -164,7 +168,7 @@ def _prime(start: int, dimensions: set[int]) -> int:
 
 def _batch(documents: bool, sizes: Sizes) -> MicroBatch:
     """Two documents, and as many targets as the sizes say: more than tokens, which is nothing to a trace."""
-    rows = [_Row(np.zeros(each, np.int64), np.ones(each, np.bool_)) for each in (sizes.first, sizes.second)]
+    rows = [Row(np.zeros(each, np.int64), np.ones(each, np.bool_)) for each in (sizes.first, sizes.second)]
     batch = flattened(rows) if documents else padded(rows, 0)
     scored = torch.zeros(sizes.scored, dtype=torch.int64)
     return replace(batch, scored=scored, targets=scored)

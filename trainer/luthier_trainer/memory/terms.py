@@ -34,15 +34,16 @@ class Terms:
         """Whether no micro-batch makes `other` larger than this."""
         return all(mine >= its for mine, its in zip(self.values, other.values, strict=True))
 
-    def bytes(self, tokens: int, scored: int, longest: int, chunk_rows: int) -> float:
-        """For a micro-batch of so many tokens, `scored` of them scored, in documents of at most `longest` tokens."""
+    def bytes(self, tokens: int, scored: int, longest: int, chunk_rows: int, pairs: int | None = None) -> float:
+        """For a micro-batch of so many tokens, `scored` of them scored, in documents of at most `longest` tokens, the
+        squares of whose lengths make `pairs`; None for the most that they can make."""
         longest = min(longest, tokens)
         return (
             self.always
             + self.token * tokens
             + self.scored * scored
             + self.chunk * min(scored, chunk_rows)
-            + self.pair * tokens * longest
+            + self.pair * (tokens * longest if pairs is None else pairs)
             + self.alone * longest * longest
         )
 

@@ -35,7 +35,7 @@ from luthier_trainer.data.tokens import cache, tokenised
 from luthier_trainer.data.tokens.conversion import convert_some, progress
 from luthier_trainer.data.tokens.options import Options
 from luthier_trainer.data.tokens.stored import StoredExample, chunk_of, lengths_and_scored
-from luthier_trainer.data.tokens.tokenised import TRAINABLE, TokenisedRows
+from luthier_trainer.data.tokens.tokenised import TRAINABLE, Sizes, TokenisedRows
 from luthier_trainer.errors import TrainingError
 from luthier_trainer.report import Reporter
 from luthier_trainer.stop import Check, never
@@ -132,6 +132,15 @@ class StreamedRows:
     def is_whole(self) -> bool:
         """Whether every row is tokenised."""
         return self._whole is not None
+
+    @property
+    def sizes(self) -> Sizes:
+        """As `TokenisedRows` has them; until all rows are there the most that they can be, but for rows that are split,
+        which are taken for one example each."""
+        if self._whole is not None:
+            return self._whole.sizes
+        most = np.full(self._count, self._wanted.options.max_length, np.int64)
+        return most, most, most
 
     @property
     def report(self) -> dataset_report_pb2.TokenReport:

@@ -60,6 +60,9 @@ class Counts:
     images: int
 
 
+Sizes = tuple[npt.NDArray[np.int64], npt.NDArray[np.int64], npt.NDArray[np.int64]]
+
+
 @dataclass(frozen=True, eq=False)
 class TokenisedRows:
     """The rows of a dataset in the order of its file, memory-mapped. A row is a slot of a batch and has any number of
@@ -96,6 +99,12 @@ class TokenisedRows:
             raise IndexError(f"row {index} of {len(self.lengths)}")
         number = bisect_right(self._starts, index) - 1
         return self._chunks[number].examples(index - self._starts[number])
+
+    @property
+    def sizes(self) -> Sizes:
+        """(tokens of each row's longest example, of all its examples, its targets): int64 [rows] each."""
+        tokens = [np.diff(chunk.offsets).astype(np.int64) for chunk in self._chunks]
+        return self.lengths, np.concatenate([np.zeros(0, np.int64), *tokens]), self.scored
 
     def scores(self, indices: npt.NDArray[np.int64]) -> bool:
         """Whether any token of these rows is a target of the loss."""
