@@ -16,6 +16,7 @@ from torch import nn
 
 from luthier_trainer.blocks import blocks
 from luthier_trainer.lora import factors_of, low_rank_gradients
+from luthier_trainer.products import linear, linear_t
 from luthier_trainer.proof import equals, random_like, takes_one_tensor
 
 
@@ -96,8 +97,8 @@ class _GatedDown(torch.autograd.Function):
         scaling: float,
     ) -> torch.Tensor:
         product = _product(gate, up, activation)
-        result = F.linear(product, weight, bias)
-        low = product @ a.t()
+        result = linear(product, weight, bias)
+        low = linear(product, a)
         result.addmm_(low, b.t(), alpha=scaling)
         ctx.save_for_backward(gate, up, low, weight, a, b)
         ctx.activation, ctx.scaling = activation, scaling
@@ -108,7 +109,7 @@ class _GatedDown(torch.autograd.Function):
         gate, up, low, weight, a, b = ctx.saved_tensors
         d_result = _rows(gradients[0])
         d_low, d_b = low_rank_gradients(d_result, low, b, ctx.scaling)
-        d_product = (d_result @ weight).addmm_(d_low, a)
+        d_product = linear_t(d_result, weight).addmm_(d_low, a)
         product = torch.empty_like(d_product)
         d_gate, d_up = _backward(d_product, _rows(gate), _rows(up), ctx.activation, product)
         d_a = d_low.t() @ product

@@ -4,17 +4,18 @@ import types
 from typing import Any, NamedTuple
 
 import torch
-import torch.nn.functional as F
 from peft.tuners.lora import Linear as LoraLinear
 from torch import nn
 from transformers.pytorch_utils import Conv1D
+
+from luthier_trainer.products import linear, linear_t
 
 
 def low_rank_gradients(
     d_result: torch.Tensor, low: torch.Tensor, b: torch.Tensor, scaling: float
 ) -> tuple[torch.Tensor, torch.Tensor]:
     """The gradients of low [n, r] and of B [out, r], where s low B' was added to the result [n, out]."""
-    d_low = d_result @ b
+    d_low = linear_t(d_result, b)
     d_low *= scaling
     d_b = d_result.t() @ low
     d_b *= scaling
@@ -62,8 +63,8 @@ class _LoraProduct(torch.autograd.Function):
         scaling: float,
     ) -> torch.Tensor:
         rows = x.reshape(-1, x.shape[-1])
-        result = F.linear(rows, weight, bias)
-        low = rows @ a.t()
+        result = linear(rows, weight, bias)
+        low = linear(rows, a)
         result.addmm_(low, b.t(), alpha=scaling)
         ctx.save_for_backward(rows, low, weight, a, b)
         ctx.scaling = scaling
@@ -78,7 +79,7 @@ class _LoraProduct(torch.autograd.Function):
         d_a = d_low.t() @ rows
         d_x = None
         if ctx.needs_input_grad[0]:
-            d_x = (d_result @ weight).addmm_(d_low, a).view(ctx.shape)
+            d_x = linear_t(d_result, weight).addmm_(d_low, a).view(ctx.shape)
         return d_x, None, None, d_a, d_b, None
 
 
