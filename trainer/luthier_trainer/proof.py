@@ -42,7 +42,7 @@ def takes_one_tensor(module: nn.Module) -> bool:
 
 
 def random_like(shape: Sequence[int], dtype: torch.dtype, device: torch.device, seed: int) -> torch.Tensor:
-    """Normal numbers that depend on the seed alone, whatever the process draws; on a CPU for a model without weights."""
+    """Normal numbers that depend on the seed alone, whatever the process draws; on a CPU for a model without any."""
     numbers = torch.randn(tuple(shape), generator=torch.Generator().manual_seed(seed))
     return numbers.to(device="cpu" if device.type == "meta" else device, dtype=dtype)
 

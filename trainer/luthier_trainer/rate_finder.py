@@ -33,8 +33,8 @@ _LORA_RANGE = (1e-5, 1.0)
 _FULL_RANGE = (1e-6, 0.1)
 _REPORT_SECONDS = 0.5
 
-Accumulate = Callable[[Job, Sequence[Example], Check], tuple[float, int]]
-"""Leaves the gradient of a step's examples in the masters and returns (mean loss, real tokens)."""
+Accumulate = Callable[[Job, Sequence[Example], Check], tuple[torch.Tensor, int]]
+"""Leaves the gradient of a step's examples in the masters and returns (mean loss, on the device; real tokens)."""
 
 
 def find(job: Job, accumulate: Accumulate, check: Check) -> None:
@@ -84,7 +84,8 @@ def _test(job: Job, accumulate: Accumulate, check: Check) -> tuple[list[float], 
     losses: list[float] = []
     for rate, (index, examples), first in zip(rate_curve.rates(low, high, len(batches)), batches, before, strict=True):
         job.counters.step = index
-        loss, _ = accumulate(job, examples, check)
+        mean, _ = accumulate(job, examples, check)
+        loss = float(mean)
         if not math.isfinite(loss):
             break
         tried.append(rate)

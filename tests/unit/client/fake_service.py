@@ -42,6 +42,7 @@ from luthier.v1 import fine_tuning_pb2 as ft
 from luthier.v1 import job_pb2 as jb
 from luthier.v1 import models_pb2 as md
 from luthier.v1.dataset_pb2 import Dataset
+from luthier.v1.estimate_pb2 import JobEstimate
 from luthier.v1.model_pb2 import Model, ModelFile
 
 VERSION = "9.8.7"
@@ -135,6 +136,10 @@ class Services(fine_tuning_pb2_grpc.FineTuningServicer, models_pb2_grpc.ModelsSe
         self.state.rows[job_id] = {**row, "request_id": request.request_id}
         self.state.save()
         return ft.CreateJobResponse(job=self.job(job_id))
+
+    async def EstimateJob(self, request: Any, context: Any) -> Any:
+        estimate = JobEstimate(training_rows=10, total_steps=3, training_tokens=600, fits=True, notes=["of a fake"])
+        return ft.EstimateJobResponse(resolved_spec=request.spec, estimate=estimate)
 
     async def GetJob(self, request: Any, context: Any) -> Any:
         if request.job_id.startswith("error-"):

@@ -42,7 +42,7 @@ def poison(monkeypatch: pytest.MonkeyPatch) -> Callable[[dict[int, float]], None
     factor = [1.0]
 
     def poisoned(factors: dict[int, float]) -> None:
-        def of_step(job: Job, *arguments: Any) -> tuple[float, int]:
+        def of_step(job: Job, *arguments: Any) -> tuple[torch.Tensor, int]:
             factor[0] = factors.get(job.counters.step + 1, 1.0)
             return accumulate(job, *arguments)
 

@@ -13,8 +13,8 @@ _MOST_ROWS, _MOST_STEPS = 20_000, 200
 class Rows:
     """The sizes of the rows that are trained on, in their order: int64 [rows] each.
 
-    `lengths`: tokens of a row's longest example; `tokens`: of all its examples, several where it is split; `scored`: its
-    targets.
+    `lengths`: tokens of a row's longest example; `tokens`: of all its examples, several where it is split; `scored`:
+    its targets.
     """
 
     def __init__(
