@@ -107,6 +107,14 @@ def _own_modules(faster: str) -> AbstractContextManager[None]:
     return replaced(f"luthier_trainer.{faster}", "speed_up", lambda _: lambda _model: 0)
 
 
+def _torchs_attention() -> AbstractContextManager[None]:
+    return replaced("luthier_trainer.document_attention", "computes", lambda _: lambda *_args, **_named: False)
+
+
+def _no_blocks() -> AbstractContextManager[None]:
+    return replaced("luthier_trainer.plan", "blocks_gain", lambda _: lambda *_args, **_named: 0.0)
+
+
 def _synchronised() -> AbstractContextManager[None]:
     def make(loss_sum: Callable[..., Any]) -> Callable[..., Any]:
         def waiting(*args: Any) -> Any:
@@ -160,12 +168,17 @@ def _no_compiler() -> str:
 
 POINTS = (
     Point(1, "documents", "attention per document, nothing padded", "padded batches", _padded),
+    Point(1, "own-attention", "one node for all documents", "causal SDPA for each", _torchs_attention),
+    Point(1, "blocks", "middling documents in blocks of products", "torch's kernel for all", _no_blocks),
     Point(2, "dtype", "the number format that the probe chooses", "float32", _float32),
     Point(3, "no-checkpointing", "activations are kept", "activation checkpointing in each layer", _checkpointing),
     Point(4, "scored-rows", "loss in chunks of scored rows", "the model's own forward, full logits", _full_logits),
     Point(6, "token-budget", "micro-batches by tokens", "one example at a time", lambda: _cut(1)),
     Point(6, "token-budget-rows", "micro-batches by tokens", "4 examples at a time", lambda: _cut(4)),
     Point(7, "lora-product", "adapters in the frozen product's pass", "PEFT's layers", lambda: _own_modules("lora")),
+    Point(7, "norms", "norms with one pass and little kept", "the model's", lambda: _own_modules("norms")),
+    Point(7, "gated", "gate and up multiplied anew in backward", "the model's", lambda: _own_modules("gated")),
+    Point(7, "rotary", "positions without copies", "the model's", lambda: _own_modules("rotary")),
     Point(8, "no-sync", "no host sync in a micro-step", "a sync after each", _synchronised, _no_cuda),
     Point(9, "no-compile", "layers as they are", "torch.compile of each layer", _compiled_layers, _no_compiler),
 )

@@ -19,12 +19,12 @@ from benchmarks.engine.standings import QUIET_CORES
 from benchmarks.numbers import median
 
 _WITH = Contestant("luthier", "auto")
-_ROWS, _ROUNDS = 32, 5
+_ROWS, _ROUNDS = 16, 5
 _WARM_START = "warm-start"
 
 
 def measure(*, quick: bool, keys: Sequence[str] = (), rows: int = 0, rounds: int = 0) -> Section:
-    """All points, or those of `keys`, `rows` rows a pass (0: 32) in `rounds` pairs (0: 5). No aims: what one brings is
+    """All points, or those of `keys`, `rows` rows a pass (0: 16) in `rounds` pairs (0: 5). No aims: what one brings is
     told, not promised."""
     rows, rounds = rows or (4 if quick else _ROWS), rounds or (1 if quick else _ROUNDS)
     sample = workload.sample(rows)
