@@ -1,8 +1,9 @@
 """Pretrain `builtin/tiny`, the small model that Luthier carries with it, with Luthier.
 
 The corpus is text about Python: the standard library as a CPython installation has it (docstrings, signatures, longer
-comments, `pydoc_data.topics`), Debian's packages of documentation named in `tiny/packages.py`, and conversations in
-plain prose about documented and about invented objects. About one object and one page in fifty are held out.
+comments, `pydoc_data.topics`), Debian's packages of documentation that `pretraining/packages.py` names, and
+conversations in plain prose about documented and about invented objects. About one object and one page in fifty are
+held out.
 
 It writes tokenizer, template and random weights, starts a luthierd on this machine, and trains them in a job of full
 fine-tuning on raw text. What that job makes is the model. When the script is started again it goes on where it was;
@@ -29,9 +30,9 @@ from dataclasses import asdict
 from pathlib import Path
 from typing import Any
 
-from tiny import corpus, packages, training, untrained
-from tiny.measure import measure
-from tiny.packages import PYTHON, Package
+from pretraining import corpus, packages, training, untrained
+from pretraining.measure import measure
+from pretraining.packages import PYTHON, Package
 
 SEED = 20
 HELDOUT_CHATS = 100
@@ -62,7 +63,7 @@ def write_rows(path: Path, texts: list[str]) -> None:
 
 def prepare(options: argparse.Namespace) -> None:
     """Writes to the work folder what the job needs: `start`, `train.jsonl`, `heldout.jsonl`, and what is measured and
-    told at the end: `heldout.json`, `corpus.json`."""
+    told at the end: `heldout.json`, `corpus.json`, `licences.txt`."""
     warnings.simplefilter("ignore", SyntaxWarning)  # the library's own sources have invalid escapes
     work: Path = options.work
     library = corpus.read_library(options.library, SEED, options.retellings, options.inventions)
@@ -82,14 +83,13 @@ def prepare(options: argparse.Namespace) -> None:
     write_rows(work / "train.jsonl", texts)
     tested = heldout_texts(library, found)
     (work / "heldout.json").write_text(json.dumps(tested))
-    write_rows(
-        work / "heldout.jsonl",
-        [*tested["documents"], *tested["conversations"][:HELDOUT_CHATS]],
-    )
+    write_rows(work / "heldout.jsonl", [*tested["documents"], *tested["conversations"][:HELDOUT_CHATS]])
     sources = [describe(name, texts, fetched, tokenizer) for name, texts in rows.items()]
     for source in sources:
         say(f"{source['name']}: {source['rows']:,} rows, {source['tokens']:,} tokens, {source['licence']}")
     record = {"python": platform.python_version(), "rows": len(texts), "sources": sources}
+    notices = [f"{each.name} {each.version}\n\n{each.copyright_file.read_text('utf-8')}" for each in fetched]
+    (work / "licences.txt").write_text(f"\n{'=' * 100}\n\n".join(notices), encoding="utf-8")
     (work / "corpus.json").write_text(json.dumps(record, indent=1) + "\n")
 
 
@@ -103,7 +103,7 @@ def describe(name: str, texts: list[str], fetched: list[Package], tokenizer: Any
         told |= {
             "origin": f"Debian package {name} {package.version}",
             "licence": packages.PACKAGES[name],
-            "copyright": f"usr/share/doc/{name}/copyright in the package",
+            "copyright": "licences.txt",
             "sha256": package.sha256,
         }
     return told | {
@@ -115,7 +115,8 @@ def describe(name: str, texts: list[str], fetched: list[Package], tokenizer: Any
 
 def train(options: argparse.Namespace) -> None:
     """The job, from the work folder to the model in `options.out`."""
-    from transformers import AutoModelForCausalLM
+    from tokenizers import Tokenizer
+    from transformers import LlamaForCausalLM
 
     from luthier_client import Client
 
@@ -137,12 +138,9 @@ def train(options: argparse.Namespace) -> None:
         if not made.exists():
             client.download_model(job.refresh().model_id, made)
     say(f"trained for {time.monotonic() - started:.0f} s; {curve.tokens:,} tokens")
-    from tokenizers import Tokenizer
-
     out: Path = options.out
-    untrained.write_model(
-        AutoModelForCausalLM.from_pretrained(made), Tokenizer.from_file(str(work / "start" / "tokenizer.json")), out
-    )
+    tokenizer = Tokenizer.from_file(str(work / "start" / "tokenizer.json"))
+    untrained.write_model(LlamaForCausalLM.from_pretrained(made), tokenizer, out)
     record = {
         "python": platform.python_version(),
         "recipe": asdict(recipe),
@@ -153,7 +151,8 @@ def train(options: argparse.Namespace) -> None:
         "curve": curve.losses,
     }
     (out / "curve.json").write_text(json.dumps(record) + "\n")
-    (out / "corpus.json").write_text((work / "corpus.json").read_text())
+    for name in ("corpus.json", "licences.txt"):
+        (out / name).write_bytes((work / name).read_bytes())
 
 
 def measured(work: Path, model: Path) -> dict[str, dict[str, float]]:

@@ -13,7 +13,7 @@ from collections.abc import Iterator
 from dataclasses import dataclass
 from pathlib import Path
 
-from tiny.pages import page_text
+from pretraining.pages import page_text
 
 PACKAGES = {
     "python3.11-doc": "PSF-2.0",
@@ -23,7 +23,7 @@ PACKAGES = {
     "python-babel-doc": "BSD-3-Clause",
     "python-click-doc": "BSD-3-Clause",
     "python-coverage-doc": "Apache-2.0",
-    "python-cryptography-doc": "Apache-2.0 or BSD-3-Clause",
+    "python-cryptography-doc": "Apache-2.0",
     "python-django-doc": "BSD-3-Clause",
     "python-flask-doc": "BSD-3-Clause",
     "python-gevent-doc": "MIT",

@@ -10,7 +10,7 @@ from pathlib import Path
 
 @dataclass(frozen=True)
 class Measure:
-    """Of all scored tokens of some texts: how many, their mean loss (natural logarithm), and bits per byte of theirs."""
+    """Of all scored tokens of some texts: their number, their mean loss (natural logarithm), and bits a byte."""
 
     texts: int
     tokens: int

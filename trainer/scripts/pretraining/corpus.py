@@ -10,10 +10,10 @@ from collections.abc import Callable, Iterable, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 
-from tiny.conversations import as_chat, invented_objects
-from tiny.library import Described, as_code, comment_blocks, described_objects, library_sources
-from tiny.packages import PYTHON, Package, pages
-from tiny.pages import pieces
+from pretraining.conversations import as_chat, invented_objects
+from pretraining.library import Described, as_code, comment_blocks, described_objects, library_sources
+from pretraining.packages import PYTHON, Package, pages
+from pretraining.pages import pieces
 
 RUN = 12
 """Words in a row that a text must share with a held-out one to be left out of training."""
@@ -105,7 +105,8 @@ def read_library(library: Path, seed: int, retellings: int, inventions: int) -> 
 
 def read_pages(packages: Sequence[Package]) -> Pages:
     """The pages of the packages, in the order of a hash: all of Python's, and SHARE characters of each other."""
-    trained, tested = [], []
+    trained: list[Page] = []
+    tested: list[Page] = []
     for package in packages:
         every = [Page(package.name, path, text) for path, text in pages(package)]
         every.sort(key=lambda page: hashlib.sha256(f"{page.package}/{page.path}".encode()).digest()[1:])

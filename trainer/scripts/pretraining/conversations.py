@@ -8,8 +8,8 @@ import random
 import re
 from collections.abc import Iterator
 
-from tiny.library import Described
-from tiny.untrained import TURN_END, TURN_START
+from pretraining.library import Described
+from pretraining.untrained import TURN_END, TURN_START
 
 QUESTIONS = (
     "What is the {kind} `{call}` of the module `{module}`?",

@@ -6,9 +6,29 @@ import re
 from html.parser import HTMLParser
 
 _SKIPPED = frozenset({"script", "style", "head", "nav", "footer", "button", "form", "svg"})
-_SKIPPED_CLASSES = frozenset({"headerlink", "related", "sphinxsidebar", "linenos", "toctree-wrapper", "footer", "contents", "nosearch"})
+_SKIPPED_CLASSES = frozenset(
+    {"headerlink", "related", "sphinxsidebar", "linenos", "toctree-wrapper", "footer", "contents", "nosearch"}
+)
 _BLOCKS = frozenset(
-    {"p", "div", "section", "ul", "ol", "dl", "dt", "dd", "li", "table", "tr", "blockquote", "h1", "h2", "h3", "h4", "h5"}
+    {
+        "p",
+        "div",
+        "section",
+        "ul",
+        "ol",
+        "dl",
+        "dt",
+        "dd",
+        "li",
+        "table",
+        "tr",
+        "blockquote",
+        "h1",
+        "h2",
+        "h3",
+        "h4",
+        "h5",
+    }
 )
 _VOID = frozenset({"br", "img", "hr", "meta", "link", "input", "col", "wbr", "area", "source"})
 
