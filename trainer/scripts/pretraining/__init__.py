@@ -1,0 +1,1 @@
+"""How `builtin/tiny` is made: the parts of `pretrain_tiny.py`."""
