@@ -13,6 +13,7 @@ from dataclasses import dataclass
 from typing import Any
 
 import torch
+from torch.utils._python_dispatch import _get_current_dispatch_mode
 
 from luthier_trainer import document_blocks
 from luthier_trainer.document_blocks import Heads, Scratch
@@ -92,7 +93,8 @@ def _parts(row: _Row, key_heads: int) -> list[_Part]:
 
 def _share_out(work: Callable[[Iterable[_Part]], None], row: _Row, query: torch.Tensor, key: torch.Tensor) -> None:
     parts = _parts(row, key.shape[1])
-    if query.shape[1] * query.shape[3] * sum(length**2 for length in row.lengths) < _WORTH_THREADS:
+    is_small = query.shape[1] * query.shape[3] * sum(length**2 for length in row.lengths) < _WORTH_THREADS
+    if is_small or _get_current_dispatch_mode() is not None:  # a trace sees this thread alone
         work(parts)
     else:
         each_alone(work, parts)

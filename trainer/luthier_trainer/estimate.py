@@ -4,6 +4,7 @@ Everything is computed by what trains: the tokenizer and the template count, `Ro
 course, `flops` the operations, `memory` the bytes. No weights are loaded, unless a trial was asked for.
 """
 
+import logging
 import shutil
 import tempfile
 from pathlib import Path
@@ -16,13 +17,16 @@ from luthier_trainer import outlay
 from luthier_trainer.config import Settings, read_settings
 from luthier_trainer.data.tokens.counted import Counted, count
 from luthier_trainer.data.tokens.task import Tokens, tokens_for
+from luthier_trainer.errors import TrainingError
 from luthier_trainer.flops import Operations, operations
 from luthier_trainer.forecast import Extent, Forecast, Outlook, Room, remedies, total_memory
 from luthier_trainer.gauges import peak_flops
 from luthier_trainer.job import dtype_name
 from luthier_trainer.plan import Compute, choose_compute, most_tokens
 from luthier_trainer.report import Reporter
-from luthier_trainer.stop import Check
+from luthier_trainer.stop import Check, StopRequested
+
+log = logging.getLogger(__name__)
 
 _SHARE = 0.92
 """Of a device's memory that a job may plan with; the rest is for other processes, caches and the allocator's losses."""
@@ -43,14 +47,14 @@ def estimate(task: TrainerTask, reporter: Reporter, check: Check) -> estimate_pb
         device=str(compute.device), dtype=dtype_name(compute.dtype), notes=list(compute.notes)
     )
     if task.estimate.memory_only:
-        _foresee(task, settings, compute, outlook, tokens, None, answer, reporter, check)
+        _foresee_if_known(task, settings, compute, outlook, tokens, None, answer, reporter, check)
         return answer
     training = count(task.training_dataset, tokens, Path(task.cache_dir), reporter, check)
     validation = None
     if task.HasField("validation_dataset"):
         validation = count(task.validation_dataset, tokens, Path(task.cache_dir), reporter, check)
     check()
-    _foresee(task, settings, compute, outlook, tokens, training, answer, reporter, check)
+    _foresee_if_known(task, settings, compute, outlook, tokens, training, answer, reporter, check)
     course = outlay.course(settings, training, validation)
     _tell_course(task, settings, course, training, answer)
     written = outlay.sizes(
@@ -75,6 +79,28 @@ def _compute(task: TrainerTask, settings: Settings, tokens: Tokens) -> Compute:
         elif task.estimate.memory_only:
             wanted = job_pb2.DTYPE_BFLOAT16
     return choose_compute(task, wanted, tokens.config, None)
+
+
+def _foresee_if_known(
+    task: TrainerTask,
+    settings: Settings,
+    compute: Compute,
+    outlook: Outlook,
+    tokens: Tokens,
+    training: Counted | None,
+    answer: estimate_pb2.JobEstimate,
+    reporter: Reporter,
+    check: Check,
+) -> None:
+    """As `_foresee`; a model that cannot be traced is taken to fit, as a job takes it."""
+    try:
+        _foresee(task, settings, compute, outlook, tokens, training, answer, reporter, check)
+    except (TrainingError, StopRequested, MemoryError, OSError):
+        raise
+    except Exception as error:  # its way depends on its tokens, or it has operations that no fake can do
+        log.info("memory cannot be foretold: %s", error)
+        answer.notes.append("what it takes of memory cannot be foretold for this model")
+        answer.fits = True
 
 
 def _foresee(

@@ -17,7 +17,7 @@ from torch import nn
 from luthier_trainer.blocks import blocks
 from luthier_trainer.lora import factors_of, low_rank_gradients
 from luthier_trainer.products import linear, linear_t
-from luthier_trainer.proof import equals, random_like, takes_one_tensor
+from luthier_trainer.proof import equals, random_like, takes_one_tensor, traits
 
 
 @dataclass(frozen=True)
@@ -180,7 +180,7 @@ def speed_up(model: nn.Module) -> int:
             continue
         weight = next(module.parameters())
         dtype = weight.dtype if weight.dtype.is_floating_point else torch.bfloat16
-        kind = (type(module), repr(getattr(module, "act_fn", None)), dtype, weight.device)
+        kind = (*traits(module), repr(getattr(module, "act_fn", None)), dtype, weight.device)
         if kind not in proven:
             proven[kind] = _mlp(module, dtype, weight.device)
         mlp = proven[kind]

@@ -202,17 +202,25 @@ def set_up(task: TrainerTask, settings: Settings, places: Places, reporter: Repo
     check()
 
     total = total_steps(settings, order.steps_per_epoch)
-    shape = memory.Rows(*rows.sizes, order, total, not forward.documents)
-    planned = memory.plan_memory(
-        trained,
-        settings,
-        compute,
-        forward,
-        shape,
-        limit=room,
-        most=most_tokens(compute),
-        resumed=resumed.plan if resumed else None,
-    )
+
+    def planned_for_rows() -> tuple[memory.Rows, memory.MemoryPlan]:
+        shape = memory.Rows(*rows.sizes, order, total, not forward.documents)
+        plan = resumed.plan if resumed else None
+        most = most_tokens(compute)
+        return shape, memory.plan_memory(
+            trained, settings, compute, forward, shape, limit=room, most=most, resumed=plan
+        )
+
+    try:
+        shape, planned = planned_for_rows()
+        is_small = planned.checkpointing or planned.budget_tokens < most_tokens(compute)
+    except TrainingError:
+        if rows.is_whole:
+            raise
+        is_small = True
+    if is_small and not rows.is_whole:  # what is not tokenised yet was taken to be as long as it may be
+        rows.complete()
+        shape, planned = planned_for_rows()
     batches = Batches(
         forward.documents,
         planned.budget_tokens,

@@ -14,7 +14,7 @@ import torch.nn.functional as F
 from torch import nn
 
 from luthier_trainer.blocks import blocks
-from luthier_trainer.proof import equals, random_like, takes_one_tensor
+from luthier_trainer.proof import equals, random_like, takes_one_tensor, traits
 
 _EPSILONS = ("variance_epsilon", "eps", "epsilon")
 _PROBED_ROWS = 24
@@ -127,7 +127,7 @@ def speed_up(model: nn.Module) -> int:
     for module in model.modules():
         if not _is_rms_norm(module):
             continue
-        kind = (type(module), repr(module), module.weight.shape, module.weight.dtype)
+        kind = (*traits(module), module.weight.shape, module.weight.dtype)
         if kind not in proven:
             proven[kind] = _formula(module)
         formula = proven[kind]

@@ -2,6 +2,7 @@
 
 import inspect
 from collections.abc import Callable, Sequence
+from typing import Any
 
 import torch
 from torch import nn
@@ -39,6 +40,13 @@ def equals(original: Compute, faster: Compute, inputs: Sequence[torch.Tensor]) -
 def takes_one_tensor(module: nn.Module) -> bool:
     """Whether the module's forward is its type's own and has one argument."""
     return "forward" not in vars(module) and len(inspect.signature(type(module).forward).parameters) == 2
+
+
+def traits(module: nn.Module) -> tuple[Any, ...]:
+    """What modules that compute alike have in common: their type and its plain settings (an epsilon, a sparsity)."""
+    plain = {name: each for name, each in vars(module).items() if isinstance(each, bool | int | float | str)}
+    plain.pop("training", None)
+    return type(module), tuple(sorted(plain.items()))
 
 
 def random_like(shape: Sequence[int], dtype: torch.dtype, device: torch.device, seed: int) -> torch.Tensor:

@@ -1,6 +1,7 @@
 """Supervised fine-tuning: the story of a job, from a task to a model, top to bottom."""
 
 import dataclasses
+import gc
 import math
 from collections.abc import Sequence
 from pathlib import Path
@@ -68,6 +69,8 @@ def train(task: TrainerTask, reporter: Reporter, control: Control) -> Finished |
             assert job is not None
             carried = roll_back(job)
             places = dataclasses.replace(places, resume_from=_newest(job))
+            del job
+            gc.collect()  # modules with a forward of their own are cycles: two models would need room at once
 
 
 def _newest(job: Job) -> Path | None:

@@ -29,6 +29,8 @@ def calibrated(
 
     `job_gauge` was made before the model was loaded. Where a probe makes no sense the need is returned as it was.
     """
+    if batches.budget < 4 * _FEWEST:  # too little to tell from noise
+        return need
     model = forward.model
     was_training, devices = model.training, [batches.device] if batches.device.type == "cuda" else []
     masters.zero_gradients()  # on a CPU this is when their memory is there
@@ -36,7 +38,7 @@ def calibrated(
     try:
         model.train()
         with torch.random.fork_rng(devices):
-            quarter = max(batches.budget // 4, _FEWEST)
+            quarter = batches.budget // 4
             _run(forward, _random(forward, batches, quarter, longest))  # what is touched once and stays
             for tokens in (quarter, 2 * quarter):
                 batch = _random(forward, batches, tokens, longest)

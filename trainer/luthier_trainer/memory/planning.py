@@ -124,7 +124,11 @@ def probed(
         follow_allocations()
     longest = rows.largest(planned.budget_tokens).longest
     gauge.note()
-    found = calibrated(planned.need, forward, masters, batches, longest, gauge)
+    try:
+        found = calibrated(planned.need, forward, masters, batches, longest, gauge)
+    except (RuntimeError, MemoryError) as error:
+        log.info("the probes of memory failed: %s", error)  # a step that runs out of memory halves its budget by itself
+        return planned
 
     def peak(budget: int) -> int:
         largest = rows.largest(budget)

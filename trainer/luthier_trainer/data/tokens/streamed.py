@@ -22,7 +22,7 @@ import numpy as np
 import numpy.typing as npt
 
 from luthier.trainer.v1 import task_pb2
-from luthier.v1 import dataset_report_pb2
+from luthier.v1 import dataset_report_pb2, tokenization_pb2
 from luthier_trainer.data.files.numbered import NumberedRows, numbered_rows
 from luthier_trainer.data.formats import Records, records
 from luthier_trainer.data.masks.render import template_sha256
@@ -97,6 +97,10 @@ class _Made:
     scored: int
 
 
+_ENDLESS = np.int64(1 << 40)
+"""Tokens: more than any micro-batch takes."""
+
+
 class StreamedRows:
     """The rows of a dataset as `TokenisedRows` has them, each tokenised when it is asked for until all are there.
 
@@ -135,12 +139,13 @@ class StreamedRows:
 
     @property
     def sizes(self) -> Sizes:
-        """As `TokenisedRows` has them; until all rows are there the most that they can be, but for rows that are split,
-        which are taken for one example each."""
+        """As `TokenisedRows` has them; until all rows are there the most that they can be. What is split has no end."""
         if self._whole is not None:
             return self._whole.sizes
-        most = np.full(self._count, self._wanted.options.max_length, np.int64)
-        return most, most, most
+        longest = np.full(self._count, self._wanted.options.max_length, np.int64)
+        splits = self._report.tokenization.overlong == tokenization_pb2.OVERLONG_SPLIT
+        tokens = np.full(self._count, _ENDLESS) if splits else longest
+        return longest, tokens, tokens
 
     @property
     def report(self) -> dataset_report_pb2.TokenReport:
