@@ -111,3 +111,18 @@ def test_a_faster_model_leaves_other_models_as_they_are_and_keeps_less() -> None
     for own, other in zip(plain.root.parameters(), faster.root.parameters(), strict=True):
         if own.grad is not None and other.grad is not None:
             torch.testing.assert_close(other.grad * 2, own.grad, rtol=1e-3, atol=1e-3)
+
+
+class QuietRMSNorm(LlamaRMSNorm):
+    """A norm that does not tell its epsilon."""
+
+    def extra_repr(self) -> str:
+        return ""
+
+
+def test_norms_of_one_type_with_other_epsilons_compute_their_own() -> None:
+    plain = nn.Sequential(QuietRMSNorm(WIDTH, 1e-6), QuietRMSNorm(WIDTH, 0.1))
+    faster = copy.deepcopy(plain)
+    assert norms.speed_up(faster) == 2
+    x = numbers(2, 30, WIDTH).float() * 0.1
+    torch.testing.assert_close(faster(x), plain(x))

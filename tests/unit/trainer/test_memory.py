@@ -11,6 +11,7 @@ from fidelity.tiny import gradients, largest_error, llama, rows, with_lora
 from safetensors.torch import load_file
 
 from luthier.trainer.v1.report_pb2 import Finished, Stopped
+from luthier.trainer.v1.task_pb2 import BaseModelSource
 from luthier.v1 import event_pb2
 from luthier_trainer import lora, memory, sft
 from luthier_trainer.config import read_settings
@@ -164,3 +165,19 @@ def test_the_largest_budget_that_fits_is_taken() -> None:
     refused = memory.fit(need_of, 500, 2_000, 4096)
     assert not refused.fits
     assert refused.predicted_bytes == 6_000
+
+
+def test_what_is_foretold_does_not_depend_on_threads(tmp_path: Path) -> None:
+    """Attention of a wide model is shared out to threads, which a trace would not see."""
+    base = tiny_base(tmp_path, width=512)
+    settings = read_settings(task(tmp_path, base, chats(tmp_path / "chats.jsonl", rows=4), max_steps=2))
+    trained = memory.on_meta(BaseModelSource(location=str(base)), settings, CPU)
+    threads = torch.get_num_threads()
+    peaks = []
+    try:
+        for count in (1, 2):
+            torch.set_num_threads(count)
+            peaks.append(memory.need(trained, settings, CPU, checkpointing=False).peak(2048, 512, 400))
+    finally:
+        torch.set_num_threads(threads)
+    assert peaks[0] == peaks[1] > 0

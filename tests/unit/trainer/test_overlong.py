@@ -187,6 +187,10 @@ class _Pieces:
     def examples(self, index: int) -> list[Any]:
         return [self.pieces[index]]
 
+    @property
+    def sizes(self) -> Any:
+        return self.lengths, self.lengths, self.scored
+
     def scores(self, indices: Any) -> bool:
         return bool(self.scored[indices].any())
 

@@ -9,6 +9,7 @@ from luthier_trainer.batches import Batches
 from luthier_trainer.flatten import MicroBatch, flattened, padded
 from luthier_trainer.forward import Forward
 from luthier_trainer.masters import Masters
+from luthier_trainer.memory.held import generated
 from luthier_trainer.memory.need import Need, Row
 from luthier_trainer.memory.resident import Gauge
 
@@ -24,7 +25,8 @@ def calibrated(
     need: Need, forward: Forward, masters: Masters, batches: Batches, longest: int, job_gauge: Gauge
 ) -> Need:
     """The need with a slope and an offset such that it gives what two micro-batches of a quarter and a half of the
-    budget took, above what the process has by then; the moments, which are not there yet, are added. No gradient and no
+    budget took, above what the process has by then; the moments and what oneDNN
+    will generate, which are not there yet, are added. No gradient and no
     random state is left behind.
 
     `job_gauge` was made before the model was loaded. Where a probe makes no sense the need is returned as it was.
@@ -55,7 +57,8 @@ def calibrated(
     slope = (took_second - took_first) / max(second - first, 1.0)
     if not _PLAUSIBLE[0] < slope < _PLAUSIBLE[1]:
         return need
-    offset = took_second - slope * second + _MOMENTS * len(masters) - need.fixed
+    to_come = _MOMENTS * len(masters) + generated(batches.device, forward.model.dtype)
+    offset = took_second - slope * second + to_come - need.fixed
     return replace(need, slope=slope, offset=offset)
 
 

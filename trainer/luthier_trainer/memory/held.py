@@ -8,6 +8,7 @@ from torch import nn
 from luthier.v1 import job_pb2
 from luthier_trainer.config import Settings
 from luthier_trainer.model import Trained
+from luthier_trainer.products import through_onednn
 
 _MASTER = 4
 _NF4, _INT8 = 0.5 + 1 / 64 + 4 / (64 * 256), 1.0
@@ -16,6 +17,15 @@ _NF4, _INT8 = 0.5 + 1 / 64 + 4 / (64 * 256), 1.0
 
 CODE = 35 << 20
 """Resident bytes of libraries that a loaded process has not touched before it trains on a CPU."""
+
+_GENERATED = {torch.float32: 28 << 20, torch.bfloat16: 92 << 20}
+"""Bytes of code that oneDNN generates, and what belongs to it: for each shape of a product, of which it keeps 1,024."""
+
+
+def generated(device: torch.device, dtype: torch.dtype) -> int:
+    """Bytes of code that products will have had generated after some steps; more than probes of two see."""
+    uses = device.type == "cpu" and (dtype == torch.bfloat16 or through_onednn())
+    return _GENERATED.get(dtype, 0) if uses else 0
 
 
 @dataclass(frozen=True)

@@ -98,6 +98,7 @@ def need(
     moments = _trace(trained, Forward(model, documents, fused_head), sizes, compute.device, checkpointing)
     kept = held(trained, settings, compute.dtype)
     code = holding.CODE if compute.device.type == "cpu" else 0
+    code += holding.generated(compute.device, compute.dtype)
     return Need(
         fixed=kept.in_training + code,
         load=kept.peak_load + code,
