@@ -158,7 +158,7 @@ def test_a_caller_who_leaves_ends_the_probe_and_frees_the_slot(daemon: Daemon) -
 def narrow(tmp_path_factory: pytest.TempPathFactory) -> Iterator[Daemon]:
     """A device with just less memory than a row of a thousand tokens takes."""
     served = Daemon(
-        tmp_path_factory.mktemp("narrow"), ["--threads", "1", "--device-memory-bytes", "50_000_000"]
+        tmp_path_factory.mktemp("narrow"), ["--threads", "1", "--device-memory-bytes", "90_000_000"]
     ).start()
     served.upload(ROWS)
     served.upload(ROWS + LONG, "long")
@@ -177,7 +177,7 @@ def test_a_job_that_cannot_fit_is_refused_with_what_makes_it_fit(narrow: Daemon)
         assert caught.value.code() == grpc.StatusCode.FAILED_PRECONDITION
         info = details(caught.value)["ErrorInfo"]
         assert info.reason == "DOES_NOT_FIT"
-        assert int(info.metadata["needed_bytes"]) > int(info.metadata["available_bytes"]) == 50_000_000
+        assert int(info.metadata["needed_bytes"]) > int(info.metadata["available_bytes"]) == 90_000_000
         assert "MiB" in str(caught.value.details())
         assert info.metadata["hint"].startswith("Lower max_length to ")
     assert not list(narrow.fine_tuning.ListJobs(ft.ListJobsRequest()).jobs)
