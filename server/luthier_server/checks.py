@@ -18,7 +18,7 @@ from luthier.v1.datasets_pb2 import (
 from luthier.v1.event_pb2 import PhaseProgressed
 from luthier.v1.job_pb2 import FineTuneTask, JobError, JobSpec
 from luthier_server import spec as specs
-from luthier_server.data_work import DataWork, WorkLimits, WorkProgress
+from luthier_server.data_work import DataWork, WorkFailed, WorkLimits, WorkProgress
 from luthier_server.datasets import Datasets
 from luthier_server.errors import InvalidArgument, Violation, sentences
 from luthier_server.job import Job
@@ -181,6 +181,8 @@ class _Places:
         self._waited_for = asyncio.Semaphore(count)
         self._aside = asyncio.Semaphore(count)
         self._held: dict[str, asyncio.Semaphore] = {}
+        self._let_go: list[str] = []
+        """Nobody waits for these, the first first, and yet they hold a place that others wait for."""
 
     @contextlib.asynccontextmanager
     async def place(self, job_id: str) -> AsyncIterator[None]:
@@ -190,14 +192,23 @@ class _Places:
         try:
             yield
         finally:
-            self._held.pop(job_id).release()
+            if job_id in self._let_go:
+                self._let_go.remove(job_id)
+            (left := self._held.pop(job_id)).release()
+            if left is self._aside and self._let_go:
+                await self.step_aside(self._let_go.pop(0))
 
     async def step_aside(self, job_id: str) -> None:
-        """Changes the kind of place, where one is free."""
-        if self._held.get(job_id) is self._waited_for and not self._aside.locked():
-            await self._aside.acquire()  # at once
-            self._held[job_id] = self._aside
-            self._waited_for.release()
+        """Changes the kind of place, as soon as one is free."""
+        if self._held.get(job_id) is not self._waited_for:
+            return
+        if self._aside.locked():
+            if job_id not in self._let_go:
+                self._let_go.append(job_id)
+            return
+        await self._aside.acquire()  # at once
+        self._held[job_id] = self._aside
+        self._waited_for.release()
 
 
 def _wanted(request: PreviewDatasetRequest | CheckDatasetRequest) -> FineTuneTask:
@@ -219,11 +230,15 @@ def _transfer(progress: PhaseProgressed) -> TransferProgress:
 
 
 def raise_error(answer: DataAnswer, path: str = "") -> None:
-    """Raises InvalidArgument for an answer that says why there is none; `path` comes before the fields it is about."""
+    """Raises InvalidArgument for an answer that says why there is none; `path` comes before the fields it is about.
+    Raises WorkFailed for one that tells of the child, not of what it was asked."""
     if not answer.HasField("error"):
         return
     error: JobError = answer.error
     text = sentences(error.message, error.hint)
+    # Without a path nothing was asked that says how much memory a job would take.
+    if error.reason == "INTERNAL" or (error.reason == "OUT_OF_MEMORY" and not path):
+        raise WorkFailed(text)
     raise InvalidArgument(
         text,
         [Violation(path + _FIELDS.get(error.reason, "training_dataset" if path else "dataset"), text[:400])],

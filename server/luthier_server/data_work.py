@@ -108,8 +108,8 @@ class DataWork:
             ended = True
             return answer
         finally:
-            if not ended:
-                await self._executor.signal(directory, signal.SIGKILL)
+            if not ended and await self._executor.signal(directory, signal.SIGKILL):
+                await self._gone(directory)
             await asyncio.to_thread(shutil.rmtree, directory, ignore_errors=True)
 
     async def _answer(
@@ -148,6 +148,14 @@ class DataWork:
                     " (a chat template that never ends?)",
                     subject="time",
                 )
+            with contextlib.suppress(TimeoutError):
+                await asyncio.wait_for(self._woken.wait(), _SWEEP)
+
+    async def _gone(self, directory: Path) -> None:
+        """Waits a moment until a child that was killed is reaped: what it held of the device is free then."""
+        killed = time.monotonic()
+        while not (directory / files.EXIT).exists() and time.monotonic() - killed < _EXIT_SECONDS:
+            self._woken.clear()
             with contextlib.suppress(TimeoutError):
                 await asyncio.wait_for(self._woken.wait(), _SWEEP)
 

@@ -43,7 +43,8 @@ class Estimates:
         gives up waiting ends it.
 
         Raises InvalidArgument as `Jobs.create`, and for what would fail the job before its first step;
-        FailedPrecondition NO_FREE_SLOT for a probe while every slot is in use; WorkFailed, Unavailable.
+        FailedPrecondition NO_FREE_SLOT for a probe while every slot is in use or a job waits for one; WorkFailed,
+        Unavailable.
         """
         job = await self._jobs.resolve(tenant, spec)
         task = self._fitting.task(job)
@@ -62,7 +63,7 @@ class Estimates:
         return answer.estimate
 
     async def _probed(self, task: TrainerTask) -> JobEstimate:
-        with self._scheduler.reserved() as devices:
+        async with self._scheduler.reserved() as devices:
             del task.cuda_devices[:]
             task.cuda_devices.extend(devices)
             answer = await self._fitting.ask(task, seconds=self._settings.probe_seconds)

@@ -27,8 +27,12 @@ from luthier_server.tasks import Resolved, base_source, dataset_source
 
 log = structlog.get_logger()
 _CGROUP = Path("/sys/fs/cgroup/memory.max")
+_SHARE = 0.92
+"""Of the memory there is, that a job may plan with: the trainer's estimate compares with as much."""
 _KEPT = 256
 """Answers that are remembered."""
+_MOST_ASKED = 8
+"""Questions at a time. One more gets no answer: nobody would wait for its turn."""
 _USUAL_RANK = 256
 """An adapter that was made before has no more."""
 
@@ -93,7 +97,8 @@ class Fitting:
             return
         estimate = await self._predicted(job)
         if estimate is not None and not estimate.fits:
-            raise does_not_fit(estimate)
+            # A limit that the operator set is planned with as it is.
+            raise does_not_fit(estimate, device_share=1 if self._settings.memory_limit_bytes else _SHARE)
 
     async def close(self) -> None:
         """Ends what nobody waits for any more."""
@@ -114,6 +119,9 @@ class Fitting:
             return known
         asking = self._asking.get(key)
         if asking is None:
+            if len(self._asking) >= _MOST_ASKED:
+                log.info("memory is not known", error="too many questions")
+                return None
             asking = self._asking[key] = asyncio.create_task(self._find_out(key, task), name="memory of a job")
         try:
             async with asyncio.timeout(self._settings.wait):
@@ -144,19 +152,23 @@ class Fitting:
         return found
 
 
-def does_not_fit(estimate: JobEstimate) -> FailedPrecondition:
-    """The refusal of a job that has no room."""
-    memory = estimate.device_memory
+def does_not_fit(estimate: JobEstimate, device_share: float = _SHARE) -> FailedPrecondition:
+    """The refusal of a job that has no room. device_share: of the device's memory, that a job may plan with."""
+    memory, share = estimate.device_memory, device_share
     where = "memory" if estimate.device == "cpu" else f"memory on {estimate.device}"
-    if memory.needed_bytes <= memory.total_bytes:
-        memory, where = estimate.host_memory, "memory of the host"
+    if memory.needed_bytes <= int(memory.total_bytes * share):
+        memory, where, share = estimate.host_memory, "memory of the host", _SHARE
+    available = int(memory.total_bytes * share)
+    there_are = f"there are {size(available)}"
+    if share < 1:
+        there_are = f"may plan with {size(available)}, {share:.0%} of the {size(memory.total_bytes)} there are"
     return FailedPrecondition(
-        f"the job needs about {size(memory.needed_bytes)} of {where}, and there are {size(memory.total_bytes)}",
+        f"the job needs about {size(memory.needed_bytes)} of {where}, and {there_are}",
         subject="memory",
         reason="DOES_NOT_FIT",
         metadata={
             "needed_bytes": str(memory.needed_bytes),
-            "available_bytes": str(memory.total_bytes),
+            "available_bytes": str(available),
             "hint": " Or: ".join(estimate.remedies) or "take a smaller base model",
         },
     )

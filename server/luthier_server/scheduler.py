@@ -2,7 +2,7 @@
 
 import asyncio
 import contextlib
-from collections.abc import Collection, Iterator, Sequence
+from collections.abc import AsyncIterator, Collection, Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
 
@@ -132,13 +132,15 @@ class Scheduler:
             if begun is not None:
                 group.create_task(self._attempt(slot, *begun), name=f"attempt {job_id}")
 
-    @contextlib.contextmanager
-    def reserved(self) -> Iterator[Sequence[int]]:
+    @contextlib.asynccontextmanager
+    async def reserved(self) -> AsyncIterator[Sequence[int]]:
         """Holds a slot, in which no job is started meanwhile: its CUDA devices, none on a CPU. Raises
-        FailedPrecondition when every slot is in use."""
-        if not self._free or self._stopping:
+        FailedPrecondition when every slot is in use, or a job waits for one."""
+        waiting = await self._attempts.next_queued()
+        if waiting or not self._free or self._stopping:
             raise FailedPrecondition(
-                "every slot is in use: try again when a job has ended, or ask for an estimate without a probe",
+                "every slot is in use or waited for: try again when a job has ended, or ask for an estimate without"
+                " a probe",
                 subject="slots",
                 reason="NO_FREE_SLOT",
             )

@@ -59,17 +59,36 @@ class Validation:
                 pause = None
                 try:
                     waiting = await self._jobs.validating()
+                    await self._end_needless()
                 except (StorageFull, StoreBusy) as error:
                     log.warning("validation waits", error=str(error))
                     waiting, pause = [], _AGAIN_SECONDS
                 else:
                     for job_id in self._running.keys() - self._alongside - {job.id for job in waiting}:
-                        self._running[job_id].cancel()
+                        self._end(job_id)
+                    # Nobody tells of the end of a job that validates no more.
+                    pause = _AGAIN_SECONDS if self._alongside else None
                 for job in waiting:
                     if job.id not in self._running:
                         self._running[job.id] = group.create_task(self._validate(job), name=f"validation {job.id}")
                 with contextlib.suppress(TimeoutError):
                     await asyncio.wait_for(self._jobs.to_validate.wait(), pause)
+
+    async def _end_needless(self) -> None:
+        """Ends the checks that go on beside jobs which failed, were cancelled or are gone. That of one which succeeded
+        comes to its end: its report is kept with the dataset."""
+        for job_id in list(self._alongside):
+            try:
+                over = (await self._jobs.get("default", job_id)).state in (FAILED, CANCELLED)
+            except NotFound:
+                over = True
+            if over:
+                self._end(job_id)
+
+    def _end(self, job_id: str) -> None:
+        """Ends a check. Once: a second cancel would not let it clean up after the first."""
+        if (running := self._running.get(job_id)) is not None and not running.cancelling():
+            running.cancel()
 
     async def _validate(self, job: Job) -> None:
         try:
@@ -91,7 +110,7 @@ class Validation:
 
     async def _try(self, job: Job) -> JobError | None:
         """Checks the datasets and moves the job; or says why there is no answer, which another try may have."""
-        progress = _Progress(self._jobs, job, self._let_go, self._running[job.id].cancel)
+        progress = _Progress(self._jobs, job, self._let_go, functools.partial(self._end, job.id))
         try:
             answer = await self._checks.check_job(job, progress.told)
             if answer.error.reason == STORAGE_FULL:
@@ -125,7 +144,8 @@ class Validation:
             if change.job.state == VALIDATING:
                 change.move(QUEUED, "VALIDATED", "waits for a free slot")
 
-        await self._jobs.decide(job.tenant, job.id, decide)
+        with contextlib.suppress(NotFound):  # deleted meanwhile
+            await self._jobs.decide(job.tenant, job.id, decide)
 
     async def _let_go(self, job: Job) -> None:
         """Queues the job while its check goes on."""
@@ -139,11 +159,21 @@ class Validation:
         await self._checks.step_aside(job)
 
     async def _fail(self, job: Job, error: JobError) -> None:
+        """Ends the job with this error. Waits while the disk is full or the database busy."""
+
         def decide(change: Change) -> None:
             if change.job.state in (VALIDATING, QUEUED):
                 change.move(FAILED, error.reason, error.message, error=error)
 
-        await self._jobs.decide(job.tenant, job.id, decide)
+        with contextlib.suppress(NotFound):  # deleted meanwhile
+            while True:
+                try:
+                    await self._jobs.decide(job.tenant, job.id, decide)
+                except (StorageFull, StoreBusy) as refused:
+                    log.warning("validation waits", job_id=job.id, error=str(refused))
+                    await asyncio.sleep(_FULL_SECONDS)
+                else:
+                    return
 
 
 class _Progress:

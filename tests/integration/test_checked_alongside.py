@@ -1,12 +1,15 @@
 """A job on many rows makes its first steps while its datasets are still being checked."""
 
 import json
+import os
+import signal
 from collections.abc import Callable, Iterator
 from typing import Any
 
 import pytest
 from daemon import Daemon, kinds, small, until
 
+from luthier.v1 import datasets_pb2 as ds
 from luthier.v1 import fine_tuning_pb2 as ft
 from luthier.v1.job_pb2 import Hyperparameters, JobSpec, JobState
 
@@ -68,6 +71,27 @@ def test_a_cancel_ends_the_trainer_and_the_check(daemon: Daemon) -> None:
     cancelled(daemon, created.id)
     until(lambda: not any((daemon.data_dir / "work").iterdir()), what="the end of the check")
     assert "datasets_checked" not in kinds(list(daemon.watch(created.id)))
+
+
+@pytest.mark.parametrize("dies", [False, True], ids=["hangs", "dies"])
+def test_a_job_deleted_beside_its_check_takes_no_more_than_the_check_with_it(daemon: Daemon, dies: bool) -> None:
+    work, name = daemon.data_dir / "work", "deleted-dies" if dies else "deleted"
+    dataset = daemon.upload(rows(name), name)
+    created = daemon.create(job(name))
+    daemon.wait_for_step(created.id, 1)
+    [check] = [each.pid for each in daemon.host().trainers if each.attempt_dir.startswith(str(work))]
+    os.kill(check, signal.SIGSTOP)  # it tells nothing more
+    cancelled(daemon, created.id)
+    daemon.fine_tuning.DeleteJob(ft.DeleteJobRequest(job_id=created.id))
+    daemon.datasets.DeleteDataset(ds.DeleteDatasetRequest(dataset=dataset.id))
+    if dies:
+        os.killpg(check, signal.SIGKILL)
+    until(lambda: not any(work.iterdir()), what="the end of the check")
+    daemon.upload()
+    for _ in range(2):
+        ended = daemon.wait(daemon.create(small(hyperparameters=Hyperparameters(max_steps=2))).id)
+        assert ended.state == JobState.JOB_STATE_SUCCEEDED
+    assert daemon.process.poll() is None
 
 
 def test_an_error_far_down_ends_a_job_that_trains_with_its_line(daemon: Daemon) -> None:

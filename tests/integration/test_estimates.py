@@ -150,7 +150,7 @@ def test_a_caller_who_leaves_ends_the_probe_and_frees_the_slot(daemon: Daemon) -
     until(lambda: any(work.iterdir()), what="the probe")
     call.cancel()
     until(lambda: not any(work.iterdir()), what="the end of the probe")
-    until(lambda: not daemon.host().trainers, what="the end of its process")
+    assert not daemon.host().trainers, "the slot is not free before the process has gone"
     assert daemon.wait(daemon.create(spec()).id).state == JobState.JOB_STATE_SUCCEEDED
 
 

@@ -7,11 +7,14 @@ from dataclasses import dataclass
 from google.protobuf import json_format
 from google.protobuf.message import DecodeError
 
-from luthier.v1.event_pb2 import JobEvent
+from luthier.v1.event_pb2 import DatasetsChecked, JobEvent
 from luthier.v1.job_pb2 import JobError, JobSpec, JobState, Progress
 from luthier_server.errors import StoreCorrupt
 from luthier_server.job import PAUSED, PAUSING, PREPARING, QUEUED, RUNNING, VALIDATING, Job
 from luthier_server.store.database import Database, Row, Transaction
+
+_CHECKED_TAG = JobEvent(datasets_checked=DatasetsChecked()).SerializeToString()[:2]
+"""What the field begins with in every serialized event that has it."""
 
 
 @dataclass(frozen=True, slots=True)
@@ -152,7 +155,10 @@ class Jobs:
         )
         found = []
         for row in rows:
-            logged = await self._database.read("SELECT payload FROM events WHERE job_id = ?", (row["id"],))
+            # The field's tag picks out a few of what may be tens of thousands: other payloads may have its bytes too.
+            logged = await self._database.read(
+                "SELECT payload FROM events WHERE job_id = ? AND instr(payload, ?) > 0", (row["id"], _CHECKED_TAG)
+            )
             if not any(JobEvent.FromString(each["payload"]).HasField("datasets_checked") for each in logged):
                 found.append(_job(row))
         return found

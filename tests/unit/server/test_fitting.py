@@ -46,8 +46,19 @@ def test_a_refusal_says_how_much_where_and_what_helps() -> None:
         remedies=["Lower max_length to 512.", "Set dtype to bfloat16."],
     )
     refusal = does_not_fit(estimate)
-    assert refusal.message == "the job needs about 30.0 GiB of memory on cuda:0, and there are 24.0 GiB"
+    assert refusal.message == (
+        "the job needs about 30.0 GiB of memory on cuda:0, and may plan with 22.1 GiB, 92% of the 24.0 GiB there are"
+    )
     assert refusal.metadata["hint"] == "Lower max_length to 512. Or: Set dtype to bfloat16."
     estimate.device_memory.needed_bytes = 1
     estimate.host_memory.needed_bytes = 2**36
     assert "memory of the host" in does_not_fit(estimate).message
+
+
+def test_a_refusal_for_what_is_kept_free_does_not_contradict_itself() -> None:
+    nearly = Room(needed_bytes=15 * 2**30, total_bytes=16 * 2**30)
+    refusal = does_not_fit(JobEstimate(device="cpu", device_memory=nearly, host_memory=nearly))
+    assert "about 15.0 GiB of memory, and may plan with 14.7 GiB, 92% of the 16.0 GiB" in refusal.message
+    assert int(refusal.metadata["needed_bytes"]) > int(refusal.metadata["available_bytes"])
+    limited = JobEstimate(device="cuda:0", device_memory=Room(needed_bytes=11, total_bytes=10))
+    assert does_not_fit(limited, device_share=1).message.endswith("and there are 10 bytes")

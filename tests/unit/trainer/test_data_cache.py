@@ -198,3 +198,22 @@ def test_a_builder_that_was_slower_takes_the_others_work_unless_that_is_damaged(
     cache.build(directory, write, lambda _: False)
     assert (directory / COUNTS).read_bytes() == b"mine"
     assert names(tmp_path) == ["one"]
+
+
+def test_what_a_killed_builder_left_goes_soon_and_what_a_living_one_builds_stays(tmp_path: Path) -> None:
+    put(tmp_path, "whole", 1000)
+    folders = {name: tmp_path / "tokenised" / name for name in (".killed-1", ".young-2", ".living-3")}
+    for name, folder in folders.items():
+        folder.mkdir()
+        (folder / "rows.arrow").write_bytes(b"x")
+        if name != ".young-2":
+            os.utime(folder, (time.time() - 120,) * 2)
+    held = os.open(folders[".living-3"], os.O_RDONLY)
+    fcntl.flock(held, fcntl.LOCK_SH)
+    try:
+        assert cache.shrink(tmp_path, 5000) == (0, 0)
+        assert names(tmp_path) == [".living-3", ".young-2", "whole"]
+    finally:
+        os.close(held)
+    cache.drop_unused(tmp_path)
+    assert names(tmp_path) == [".young-2"]

@@ -25,6 +25,8 @@ from luthier_trainer import durable
 COUNTS = "counts.json"
 _FOLDER = "tokenised"
 _STALE_SECONDS = 24 * 3600
+_UNLOCKED_SECONDS = 60
+"""Whoever builds locks the directory long before it is so old; `.doomed-` ones are being deleted at once."""
 
 
 def entry(cache_dir: Path, key: str) -> Path:
@@ -85,6 +87,7 @@ def is_being_built(directory: Path) -> bool:
 
 def drop_unused(cache_dir: Path) -> tuple[int, int]:
     """Deletes the entries that no process uses now. Returns (how many, bytes)."""
+    _sweep(cache_dir / _FOLDER)
     freed = [size for each in _entries(cache_dir) if (size := _drop(each.directory)) is not None]
     return len(freed), sum(freed)
 
@@ -94,6 +97,7 @@ def shrink(cache_dir: Path, max_bytes: int) -> tuple[int, int]:
     most `max_bytes`; 0 for no limit. Returns (how many, bytes)."""
     if max_bytes <= 0:
         return 0, 0
+    _sweep(cache_dir / _FOLDER)
     kept = sorted(_entries(cache_dir), key=lambda each: each.used)
     total = sum(each.size for each in kept)
     count = freed = 0
@@ -161,11 +165,25 @@ def _move(aside: Path, directory: Path, is_whole: Callable[[Path], bool]) -> Non
 def _sweep(parent: Path) -> None:
     """Removes what processes that were killed left behind."""
     for left in parent.glob(".*"):
-        try:
-            if time.time() - left.stat().st_mtime > _STALE_SECONDS:
+        with contextlib.suppress(FileNotFoundError):
+            age = time.time() - left.stat().st_mtime
+            if age > _STALE_SECONDS or (age > _UNLOCKED_SECONDS and _is_unlocked(left)):
                 shutil.rmtree(left, ignore_errors=True)
-        except FileNotFoundError:
-            continue
+
+
+def _is_unlocked(directory: Path) -> bool:
+    """Whether nobody holds it; no where that cannot be told."""
+    try:
+        fd = os.open(directory, os.O_RDONLY | os.O_CLOEXEC)
+    except OSError:
+        return False
+    try:
+        fcntl.flock(fd, fcntl.LOCK_EX | fcntl.LOCK_NB)
+    except OSError:
+        return False
+    finally:
+        os.close(fd)
+    return True
 
 
 def _sync(path: Path) -> None:
