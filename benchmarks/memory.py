@@ -57,7 +57,7 @@ _SETTINGS = {
     "lora-28m": Setting(_28M),
     "lora-100m": Setting(_100M),
     "lora-bf16-5m": Setting(_5M, numbers={"dtype": "DTYPE_BFLOAT16"}),
-    "lora-bf16-28m": Setting(_28M, numbers={"dtype": "DTYPE_BFLOAT16"}),
+    "lora-bf16-28m": Setting(_28M, numbers={"dtype": "DTYPE_BFLOAT16"}, room=0.95),
     "lora-rank64-28m": Setting(_28M, adapter={"rank": 64, "alpha": 64.0}),
     "full-28m": Setting(_28M, full=True),
     "last-layers-28m": Setting(_28M, full=True, last_layers=2),

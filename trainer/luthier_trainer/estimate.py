@@ -13,13 +13,13 @@ import torch
 
 from luthier.trainer.v1.task_pb2 import TrainerTask
 from luthier.v1 import estimate_pb2, job_pb2
-from luthier_trainer import outlay
+from luthier_trainer import memory, outlay
 from luthier_trainer.config import Settings, read_settings
 from luthier_trainer.data.tokens.counted import Counted, count
 from luthier_trainer.data.tokens.task import Tokens, tokens_for
 from luthier_trainer.errors import TrainingError
 from luthier_trainer.flops import Operations, operations
-from luthier_trainer.forecast import Extent, Forecast, Outlook, Room, remedies, total_memory
+from luthier_trainer.forecast import Extent, Forecast, Outlook, Room, remedies
 from luthier_trainer.gauges import peak_flops
 from luthier_trainer.job import dtype_name
 from luthier_trainer.plan import Compute, choose_compute, most_tokens
@@ -152,8 +152,8 @@ def _extent(rows: Counted) -> Extent:
 
 def _room(task: TrainerTask, settings: Settings, compute: Compute, answer: estimate_pb2.JobEstimate) -> Room:
     """What there is, also told in the answer."""
-    total, free = total_memory(compute.device)
-    host_total, host_free = total_memory(torch.device("cpu"))
+    total, free = memory.total_memory(compute.device)
+    host_total, host_free = memory.total_memory(torch.device("cpu"))
     answer.host_memory.total_bytes, answer.host_memory.free_bytes = host_total, host_free
     limit = int(total * _SHARE)
     if task.memory_limit_bytes:

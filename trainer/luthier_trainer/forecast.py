@@ -7,7 +7,6 @@ import tempfile
 import time
 from collections.abc import Callable, Iterator
 from dataclasses import dataclass
-from pathlib import Path
 
 import torch
 from transformers import PretrainedConfig
@@ -234,27 +233,3 @@ def _largest(low: int, high: int, holds: Callable[[int], bool]) -> int:
 
 def _has_bitsandbytes() -> bool:
     return importlib.util.find_spec("bitsandbytes") is not None
-
-
-def total_memory(device: torch.device) -> tuple[int, int]:
-    """(bytes that the device has, of those free now); of a CPU the host's, and no more than its container's. 0 when
-    unknown."""
-    if device.type == "cuda":
-        try:
-            free, total = torch.cuda.mem_get_info(device)
-        except RuntimeError:  # jobs leave no room to ask it
-            return 0, 0
-        return total, free
-    total = free = 0
-    for line in Path("/proc/meminfo").read_text(encoding="ascii").splitlines():
-        name, _, value = line.partition(":")
-        if name == "MemTotal":
-            total = int(value.split()[0]) * 1024
-        elif name == "MemAvailable":
-            free = int(value.split()[0]) * 1024
-    try:
-        most = int(Path("/sys/fs/cgroup/memory.max").read_text(encoding="ascii"))
-        used = int(Path("/sys/fs/cgroup/memory.current").read_text(encoding="ascii"))
-    except (OSError, ValueError):
-        return total, free
-    return min(total, most), max(0, min(free, most - used))

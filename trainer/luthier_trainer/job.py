@@ -189,6 +189,7 @@ def set_up(task: TrainerTask, settings: Settings, places: Places, reporter: Repo
 
     room = memory.limit(compute.device, task)
     memory.require_room_for_weights(task.base_model, room)
+    ceiling = memory.ceiling(compute.device, task)
     gauge = memory.Gauge(compute.device)
     trained = _load_trained(task, settings, compute, places.resume_from)
     masters = Masters(trained.root, compute.dtype, cast_frozen=settings.lora is None)
@@ -208,7 +209,7 @@ def set_up(task: TrainerTask, settings: Settings, places: Places, reporter: Repo
         plan = resumed.plan if resumed else None
         most = most_tokens(compute)
         return shape, memory.plan_memory(
-            trained, settings, compute, forward, shape, limit=room, most=most, resumed=plan
+            trained, settings, compute, forward, shape, limit=room, ceiling=ceiling, most=most, resumed=plan
         )
 
     try:

@@ -2,7 +2,7 @@
 
 from luthier_trainer.memory.fit import Fit, Largest, fit
 from luthier_trainer.memory.host import host_need
-from luthier_trainer.memory.limits import limit
+from luthier_trainer.memory.limits import ceiling, limit, total_memory
 from luthier_trainer.memory.need import Need, need
 from luthier_trainer.memory.planning import MemoryPlan, plan_memory, probed, require_room_for_weights
 from luthier_trainer.memory.resident import Gauge
@@ -16,6 +16,7 @@ __all__ = [
     "MemoryPlan",
     "Need",
     "Rows",
+    "ceiling",
     "fit",
     "host_need",
     "limit",
@@ -24,4 +25,5 @@ __all__ = [
     "plan_memory",
     "probed",
     "require_room_for_weights",
+    "total_memory",
 ]

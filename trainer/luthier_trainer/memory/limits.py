@@ -27,6 +27,37 @@ def limit(device: torch.device, task: TrainerTask) -> int:
     return int(free_of_host() * _HOST_SHARE)
 
 
+def ceiling(device: torch.device, task: TrainerTask) -> int:
+    """What `limit` would be if nobody else used the device: what does not fit below may fit later. 0 when unknown."""
+    if task.memory_limit_bytes > 0:
+        return int(task.memory_limit_bytes)
+    return int(total_memory(device)[0] * _HOST_SHARE)
+
+
+def total_memory(device: torch.device) -> tuple[int, int]:
+    """(bytes that the device has, of those free now); of a CPU the host's, and no more than its container's. 0 when
+    unknown."""
+    if device.type == "cuda":
+        try:
+            free, total = torch.cuda.mem_get_info(device)
+        except RuntimeError:  # jobs leave no room to ask it
+            return 0, 0
+        return total, free
+    total = free = 0
+    for line in Path("/proc/meminfo").read_text(encoding="ascii").splitlines():
+        name, _, value = line.partition(":")
+        if name == "MemTotal":
+            total = int(value.split()[0]) * 1024
+        elif name == "MemAvailable":
+            free = int(value.split()[0]) * 1024
+    try:
+        most = int(Path("/sys/fs/cgroup/memory.max").read_text(encoding="ascii"))
+        used = int(Path("/sys/fs/cgroup/memory.current").read_text(encoding="ascii"))
+    except (OSError, ValueError):
+        return total, free
+    return min(total, most), max(0, min(free, most - used))
+
+
 def free_of_host() -> int:
     """Bytes that this process can still take: what the system has available, and its control groups leave it. 0 when
     nothing is known."""

@@ -65,13 +65,15 @@ def plan_memory(
     rows: Rows,
     *,
     limit: int,
+    ceiling: int,
     most: int,
     resumed: ResumedPlan | None,
 ) -> MemoryPlan:
     """Decides the budget and activation checkpointing, and switches the latter. A resumed plan's are kept.
 
     `limit`: bytes over the loaded process, of which the model is a part, 0 for none; `most`: tokens that a micro-batch
-    should never exceed. Raises TrainingError OUT_OF_MEMORY when not even a row of the longest fits.
+    should never exceed. Raises TrainingError OUT_OF_MEMORY when not even a row of the longest fits; another attempt may
+    help where it would fit into `ceiling`, the device without other users.
     """
     kept = MemoryPlan(most, False)
     if resumed is not None:
@@ -91,7 +93,7 @@ def plan_memory(
         )
 
     try:
-        found = kept if resumed is not None else _fitted(fit(need_of, rows.largest, limit, most), most)
+        found = kept if resumed is not None else _fitted(fit(need_of, rows.largest, limit, most), most, ceiling)
         taken = need_of(found.checkpointing)
         assert taken is not None
     except TrainingError:
@@ -154,10 +156,10 @@ def probed(
     )
 
 
-def _fitted(found: Fit, most: int) -> MemoryPlan:
+def _fitted(found: Fit, most: int, ceiling: int) -> MemoryPlan:
     """Raises TrainingError OUT_OF_MEMORY when it does not fit."""
     if not found.fits:
-        raise _refused(found.predicted_bytes, found.limit_bytes)
+        raise _refused(found.predicted_bytes, found.limit_bytes, found.predicted_bytes <= ceiling)
     notes = []
     if found.budget_tokens < most:
         notes.append(f"micro-batches have {found.budget_tokens} tokens in place of {most}: memory has no room for more")
@@ -166,11 +168,12 @@ def _fitted(found: Fit, most: int) -> MemoryPlan:
     return MemoryPlan(found.budget_tokens, found.checkpointing, notes=tuple(notes))
 
 
-def _refused(needed: int, limit: int) -> TrainingError:
+def _refused(needed: int, limit: int, may_fit_later: bool = False) -> TrainingError:
     return TrainingError(
         "OUT_OF_MEMORY",
         f"Training would take at least {megabytes(needed)} of memory, and there are {megabytes(limit)}.",
         "Lower max_length, choose LoRA or bfloat16, or take a smaller base model.",
+        retryable=may_fit_later,
     )
 
 
