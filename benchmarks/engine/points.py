@@ -20,7 +20,7 @@ Switch = Callable[[], AbstractContextManager[None]]
 class Point:
     """number: that of the plan's list; key: names it on the command line and in results; engine, instead: what the
     engine does, and what stands in its place while `off` lasts; unavailable: why it cannot be measured here, empty when
-    it can."""
+    it can; asked_for: it takes so long that it is measured by its key alone."""
 
     number: int
     key: str
@@ -28,6 +28,7 @@ class Point:
     instead: str
     off: Switch
     unavailable: Callable[[], str] = lambda: ""
+    asked_for: bool = False
 
 
 @contextlib.contextmanager
@@ -180,6 +181,6 @@ POINTS = (
     Point(7, "gated", "gate and up multiplied anew in backward", "the model's", lambda: _own_modules("gated")),
     Point(7, "rotary", "positions without copies", "the model's", lambda: _own_modules("rotary")),
     Point(8, "no-sync", "no host sync in a micro-step", "a sync after each", _synchronised, _no_cuda),
-    Point(9, "no-compile", "layers as they are", "torch.compile of each layer", _compiled_layers, _no_compiler),
+    Point(9, "no-compile", "layers as they are", "torch.compile of each layer", _compiled_layers, _no_compiler, True),
 )
 """Point 5, the warm start, is no pass: `points_section` measures it through the server."""

@@ -35,7 +35,7 @@ def measure(*, quick: bool, keys: Sequence[str] = (), rows: int = 0, rounds: int
         tempfile.TemporaryDirectory(prefix="luthier-bench-", ignore_cleanup_errors=True) as work,
         open_field(Path(work), together=True) as runs,
     ):
-        found += [_measured(runs, each, rows, rounds) for each in POINTS if not keys or each.key in keys]
+        found += [_measured(runs, each, rows, rounds) for each in POINTS if _is_wanted(each, keys)]
     show(found)
     numbers: dict[str, Any] = {
         "work": {"rows": rows, "tokens": tokens, "scored_tokens": sum(each.scored for each in sample)},
@@ -44,6 +44,10 @@ def measure(*, quick: bool, keys: Sequence[str] = (), rows: int = 0, rounds: int
     if not keys or _WARM_START in keys:
         numbers["warm_start"] = _warm_start(rounds)
     return Section(numbers)
+
+
+def _is_wanted(point: Point, keys: Sequence[str]) -> bool:
+    return point.key in keys if keys else not point.asked_for
 
 
 def _measured(runs: Field, point: Point, rows: int, rounds: int) -> dict[str, Any]:
