@@ -276,7 +276,7 @@ def test_each_rendering_of_a_row_has_its_time_and_a_row_of_many_turns_more(monke
 
     assert rendered(60, 5, 0.05) == ""
     assert "on one row for more than 0.1 seconds" in rendered(60, 1, 5)
-    assert "on one row of 2 turns" in rendered(2, 5, 0.05)
+    assert "on one row of 2 turns" in rendered(2, 10, 0.05)
     assert "on one row of 2,000 turns for more than 1 seconds" in rendered(2000, 100, 0.05)
     work(0.3)  # nothing rings behind a fence
 
