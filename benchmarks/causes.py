@@ -25,6 +25,14 @@ CAUSES: dict[str, str] = {
         "the tokenizer itself takes most of the time of all three; Luthier's rendering proves masks, counts roles and "
         "looks for what is wrong on top, and reads the file within its time."
     ),
+    "engine_memory": (
+        "a micro-batch has up to 4,096 tokens, TRL's with two rows a few hundred; half of them would take less memory "
+        "than TRL and about 8 % more processor time."
+    ),
+    "job_latency_warm": (
+        "before the first step the engine now foretells its memory, proves its faster modules and measures its "
+        "attention, which costs some tenths of a second of a job of seconds."
+    ),
     "watch_live_p99": (
         "1,000 watchers that each get at most 20 messages a second are up to 20,000 writes a second, which with their "
         "reading take both cores; whatever else runs on the machine adds to the lag."
