@@ -13,10 +13,6 @@ CAUSES: dict[str, str] = {
         "in bfloat16 the products are fast enough for the rest to show, which both sides have alike; the table of "
         "points tells what each part of the engine brings."
     ),
-    "engine_memory": (
-        "micro-batches are cut by a budget of tokens that is larger than the peer's batches of padded rows, and "
-        "activations are all kept; the budget trades memory for speed."
-    ),
     "engine_utilisation": (
         "the roofline counts matrix products alone, at the speed of a large one; attention, norms, activations and the "
         "optimizer's step take their time beside them, and the model's own products are smaller."
