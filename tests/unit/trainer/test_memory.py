@@ -80,7 +80,7 @@ def test_a_job_that_computes_layers_twice_learns_the_same_also_when_it_was_stopp
 ) -> None:
     plain: dict[str, Any] = {"dropout": 0.3, "max_steps": 6, "batch_size": 4}
     run(tmp_path / "plain", **plain)
-    monkeypatch.setattr(planning, "_fitted", lambda found, most: planning.MemoryPlan(most, True))
+    monkeypatch.setattr(planning, "_fitted", lambda found, most, ceiling: planning.MemoryPlan(most, True))
     plan, _, _ = run(tmp_path / "twice", **plain)
     assert plan.activation_checkpointing
     assert tensors(tmp_path / "twice" / "model") == tensors(tmp_path / "plain" / "model")
