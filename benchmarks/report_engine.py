@@ -4,6 +4,7 @@ was measured are read too."""
 from collections.abc import Iterable, Sequence
 from typing import Any
 
+from benchmarks.engine.tables import cells, mebibytes, ratio_cells
 from benchmarks.numbers import median
 
 
@@ -26,30 +27,8 @@ def engine(found: dict[str, Any]) -> str:
         if not each["rounds"]:
             rows.append((each["name"], f"did not run: {each['problem']}", *[""] * 6))
             continue
-        rows.append(
-            (
-                each["name"],
-                f"{each['tokens_per_second']:,.0f}",
-                f"{each['tokens_per_cpu_second']:,.0f}",
-                f"{each['roofline_tokens_per_second']:,.0f}",
-                f"{each['flops_utilisation']:.0%}",
-                f"{each['flops_utilisation_cpu']:.0%}",
-                _mebibytes(each.get("peak_mib")),
-                _rounds(each),
-            )
-        )
-    ratios = [
-        (
-            f"{each['luthier']} / {each['peer']}",
-            f"{each['ratio']:.2f}",
-            f"{each['ratio_of_best_passes']:.2f}",
-            f"{each['ratio_cpu_time']:.2f}",
-            f"{each['ratio_memory']:.2f}" if each.get("ratio_memory") else "",
-            "quiet rounds" if each["quiet"] else "disturbed",
-            " ".join(f"{one:.2f}" for one in each["ratio_rounds"]),
-        )
-        for each in found["comparisons"]
-    ]
+        rows.append(cells(each))
+    ratios = [ratio_cells(each) for each in found["comparisons"]]
     return (
         "## Engine\n\n"
         f"A random 28M-parameter Llama, LoRA r16 on all linears, whole passes over {work['rows']} of 600 chats "
@@ -84,7 +63,7 @@ def points(found: dict[str, Any]) -> str:
                 *(f"{one:,.0f}" for one in each["tokens_per_second"]),
                 f"{each['ratio']:.2f}",
                 f"{each['ratio_cpu_time']:.2f}" + ("" if each["quiet"] else "*"),
-                " / ".join(_mebibytes(one) for one in each["peak_mib"]),
+                " / ".join(mebibytes(one) for one in each["peak_mib"]),
                 " ".join(f"{one:.2f}" for one in each["ratio_rounds"]),
             )
         )
@@ -135,12 +114,3 @@ def cuda(found: dict[str, Any]) -> str:
         f"packages: {present}."
         "\n\n" + markdown(("", "engine", "setting", "tokens/s", "MFU", "peak GiB"), rows)
     ) + ("\nDid not run:\n\n" + "".join(problems) if problems else "")
-
-
-def _mebibytes(amount: float | None) -> str:
-    return "" if amount is None else f"{amount:,.0f}"
-
-
-def _rounds(contestant: dict[str, Any]) -> str:
-    pairs = zip(contestant["rounds"], contestant["other_cores"], strict=True)
-    return " ".join(f"{speed:.0f}{'*' if others > 0.2 else ''}" for speed, others in pairs)

@@ -9,43 +9,48 @@ from benchmarks.engine.standings import QUIET_CORES
 
 def show(found: Sequence[dict[str, Any]]) -> None:
     """A line for each contestant."""
-    rows = []
+    rows: list[tuple[str, ...]] = []
     for each in found:
         if not each["rounds"]:
             rows.append((each["name"], "did not run", "", "", "", "", "", ""))
             continue
-        rows.append(
-            (
-                each["name"],
-                f"{each['tokens_per_second']:,.0f}",
-                f"{each['tokens_per_cpu_second']:,.0f}",
-                f"{each['roofline_tokens_per_second']:,.0f}",
-                f"{each['flops_utilisation']:.0%}",
-                f"{each['flops_utilisation_cpu']:.0%}",
-                mebibytes(each["peak_mib"]),
-                _rounds(each),
-            )
-        )
+        rows.append(cells(each))
     say()
     table(("", "tokens/s", "per CPU s", "roofline", "MFU", "in CPU time", "peak MiB", "rounds"), rows)
+
+
+def cells(numbers: dict[str, Any]) -> tuple[str, ...]:
+    """A contestant's: name, tokens a second, a CPU second, roofline, MFU, in CPU time, peak MiB, rounds."""
+    return (
+        numbers["name"],
+        f"{numbers['tokens_per_second']:,.0f}",
+        f"{numbers['tokens_per_cpu_second']:,.0f}",
+        f"{numbers['roofline_tokens_per_second']:,.0f}",
+        f"{numbers['flops_utilisation']:.0%}",
+        f"{numbers['flops_utilisation_cpu']:.0%}",
+        mebibytes(numbers.get("peak_mib")),
+        _rounds(numbers),
+    )
+
+
+def ratio_cells(numbers: dict[str, Any]) -> tuple[str, ...]:
+    """A comparison's: who, ratio, of best passes, in CPU time, of memory, how quiet, rounds."""
+    return (
+        f"{numbers['luthier']} / {numbers['peer']}",
+        f"{numbers['ratio']:.2f}",
+        f"{numbers['ratio_of_best_passes']:.2f}",
+        f"{numbers['ratio_cpu_time']:.2f}",
+        f"{numbers['ratio_memory']:.2f}" if numbers.get("ratio_memory") else "?",
+        "quiet rounds" if numbers["quiet"] else "disturbed",
+        " ".join(f"{one:.2f}" for one in numbers["ratio_rounds"]),
+    )
 
 
 def show_ratios(comparisons: Sequence[dict[str, Any]]) -> None:
     """A line for each comparison."""
     table(
         ("Luthier against its peers' best", "ratio", "best passes", "in CPU time", "memory", "", "rounds"),
-        [
-            (
-                f"{each['luthier']} / {each['peer']}",
-                f"{each['ratio']:.2f}",
-                f"{each['ratio_of_best_passes']:.2f}",
-                f"{each['ratio_cpu_time']:.2f}",
-                f"{each['ratio_memory']:.2f}" if each["ratio_memory"] else "?",
-                "quiet" if each["quiet"] else "disturbed",
-                " ".join(f"{one:.2f}" for one in each["ratio_rounds"]),
-            )
-            for each in comparisons
-        ],
+        [ratio_cells(each) for each in comparisons],
     )
 
 

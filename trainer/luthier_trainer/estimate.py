@@ -4,9 +4,11 @@ Everything is computed by what trains: the tokenizer and the template count, `Ro
 course, `flops` the operations, `memory` the bytes. No weights are loaded, unless a trial was asked for.
 """
 
+import contextlib
 import logging
 import shutil
 import tempfile
+from collections.abc import Iterator
 from pathlib import Path
 
 import torch
@@ -28,8 +30,6 @@ from luthier_trainer.stop import Check, StopRequested
 
 log = logging.getLogger(__name__)
 
-_SHARE = 0.92
-"""Of a device's memory that a job may plan with; the rest is for other processes, caches and the allocator's losses."""
 _GLANCE_ROWS, _GLANCE_SECONDS = 256, 0.5
 """Rows that are looked at for the memory alone, and the time for that and for advice: somebody creates a job."""
 _REMEDY_SECONDS = 5.0
@@ -47,14 +47,16 @@ def estimate(task: TrainerTask, reporter: Reporter, check: Check) -> estimate_pb
         device=str(compute.device), dtype=dtype_name(compute.dtype), notes=list(compute.notes)
     )
     if task.estimate.memory_only:
-        _foresee_if_known(task, settings, compute, outlook, tokens, None, answer, reporter, check)
+        with _unless_unknown(answer):
+            _foresee(task, settings, compute, outlook, tokens, None, answer, reporter, check)
         return answer
     training = count(task.training_dataset, tokens, Path(task.cache_dir), reporter, check)
     validation = None
     if task.HasField("validation_dataset"):
         validation = count(task.validation_dataset, tokens, Path(task.cache_dir), reporter, check)
     check()
-    _foresee_if_known(task, settings, compute, outlook, tokens, training, answer, reporter, check)
+    with _unless_unknown(answer):
+        _foresee(task, settings, compute, outlook, tokens, training, answer, reporter, check)
     course = outlay.course(settings, training, validation)
     _tell_course(task, settings, course, training, answer)
     written = outlay.sizes(
@@ -81,20 +83,11 @@ def _compute(task: TrainerTask, settings: Settings, tokens: Tokens) -> Compute:
     return choose_compute(task, wanted, tokens.config, None)
 
 
-def _foresee_if_known(
-    task: TrainerTask,
-    settings: Settings,
-    compute: Compute,
-    outlook: Outlook,
-    tokens: Tokens,
-    training: Counted | None,
-    answer: estimate_pb2.JobEstimate,
-    reporter: Reporter,
-    check: Check,
-) -> None:
-    """As `_foresee`; a model that cannot be traced is taken to fit, as a job takes it."""
+@contextlib.contextmanager
+def _unless_unknown(answer: estimate_pb2.JobEstimate) -> Iterator[None]:
+    """A model whose memory cannot be foretold is taken to fit, as a job takes it."""
     try:
-        _foresee(task, settings, compute, outlook, tokens, training, answer, reporter, check)
+        yield
     except (TrainingError, StopRequested, MemoryError, OSError):
         raise
     except Exception as error:  # its way depends on its tokens, or it has operations that no fake can do
@@ -155,12 +148,12 @@ def _room(task: TrainerTask, settings: Settings, compute: Compute, answer: estim
     total, free = memory.total_memory(compute.device)
     host_total, host_free = memory.total_memory(torch.device("cpu"))
     answer.host_memory.total_bytes, answer.host_memory.free_bytes = host_total, host_free
-    limit = int(total * _SHARE)
+    limit = int(total * memory.SHARE)
     if task.memory_limit_bytes:
         total = limit = task.memory_limit_bytes
         free = min(free, limit)
     answer.device_memory.total_bytes, answer.device_memory.free_bytes = total, free
-    return Room(limit, int(host_total * _SHARE), most_tokens(compute), settings.batch_size)
+    return Room(limit, int(host_total * memory.SHARE), most_tokens(compute), settings.batch_size)
 
 
 def _tell_memory(forecast: Forecast, answer: estimate_pb2.JobEstimate) -> None:
