@@ -47,6 +47,7 @@ WARM_MODULES = (
     "datasets",
     "luthier_trainer.sft",
     "luthier_trainer.work",
+    "luthier_trainer.tables",
     "transformers.models.auto.modeling_auto",
     "transformers.models.llama.modeling_llama",
     "transformers.models.qwen2.modeling_qwen2",

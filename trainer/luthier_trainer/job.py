@@ -209,7 +209,16 @@ def set_up(task: TrainerTask, settings: Settings, places: Places, reporter: Repo
         plan = resumed.plan if resumed else None
         most = most_tokens(compute)
         return shape, memory.plan_memory(
-            trained, settings, compute, forward, shape, limit=room, ceiling=ceiling, most=most, resumed=plan
+            trained,
+            settings,
+            compute,
+            forward,
+            shape,
+            limit=room,
+            ceiling=ceiling,
+            most=most,
+            resumed=plan,
+            cache_dir=places.cache,
         )
 
     try:

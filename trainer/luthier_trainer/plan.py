@@ -12,7 +12,7 @@ from luthier_trainer.probe import bfloat16_gain, blocks_gain
 from luthier_trainer.products import through_onednn
 from luthier_trainer.state import ResumedPlan
 
-_CPU_TOKENS = 4096
+_CPU_TOKENS = 3072
 _CUDA_TOKENS = 16384
 _WORTHWHILE_GAIN = 1.5
 _SMALLEST_BLOCKS_GAIN = 0.9

@@ -1,6 +1,7 @@
 """Memory: what training takes is foretold, and what follows from it."""
 
 import dataclasses
+import importlib
 from pathlib import Path
 from typing import Any
 
@@ -22,7 +23,7 @@ from luthier_trainer.forward import DOCUMENTS, Forward, set_attention
 from luthier_trainer.memory import held, planning
 from luthier_trainer.memory.activations import checkpoint_layers
 from luthier_trainer.memory.terms import Terms, frontier
-from luthier_trainer.plan import Compute
+from luthier_trainer.plan import Compute, most_tokens
 
 CPU = Compute(torch.device("cpu"), torch.float32, 1, ())
 
@@ -103,7 +104,7 @@ def test_a_job_that_computes_layers_twice_learns_the_same_also_when_it_was_stopp
 def test_a_job_with_room_reports_what_it_will_take_and_what_there_is(tmp_path: Path) -> None:
     roomy, _, end = run(tmp_path / "roomy")
     assert not roomy.activation_checkpointing
-    assert roomy.micro_batch_tokens == 4096
+    assert roomy.micro_batch_tokens == most_tokens(CPU)
     assert roomy.predicted_memory_bytes > 0
     assert roomy.memory_limit_bytes > roomy.predicted_memory_bytes
     assert isinstance(end, Finished)
@@ -148,7 +149,40 @@ def test_a_model_on_the_meta_device_needs_what_the_loaded_one_needs(tmp_path: Pa
     assert twice.per_token < once.per_token
     assert once.fixed == twice.fixed > 4 * trained.base_parameters
     plan, _, _ = run(tmp_path / "job", max_steps=1, batch_size=4)
-    assert 0 < plan.predicted_memory_bytes <= once.peak(4096, 4096, 256)
+    assert 0 < plan.predicted_memory_bytes <= once.peak(most_tokens(CPU), most_tokens(CPU), 256)
+
+
+def test_a_trace_is_made_once_for_models_of_one_shape_and_whatever_does_not_read_is_traced_anew(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    job = task(tmp_path, tiny_base(tmp_path), tmp_path / "none", max_steps=1)
+    traced: list[bool] = []
+    needs = importlib.import_module("luthier_trainer.memory.need")  # the package gives the function that name
+    trace = needs._trace
+
+    def counted(*given: Any) -> Any:
+        traced.append(True)
+        return trace(*given)
+
+    monkeypatch.setattr(needs, "_trace", counted)
+
+    def found(*, rank: int = 8, documents: bool = True) -> memory.Need:
+        job.spec.fine_tune.lora.rank = rank
+        settings = read_settings(job)
+        trained = memory.on_meta(job.base_model, settings, CPU)
+        return memory.need(
+            trained, settings, CPU, checkpointing=False, documents=documents, fused_head=True, cache_dir=tmp_path / "c"
+        )
+
+    first = found()
+    assert (found(), len(traced)) == (first, 1)
+    assert found(rank=9) != first
+    assert found(documents=False) != first
+    assert len(traced) == 3
+    for entry in (tmp_path / "c" / "memory").iterdir():
+        entry.write_text("[[1, 2")
+    assert (found(), len(traced)) == (first, 4)
+    assert (found(), len(traced)) == (first, 4)
 
 
 def test_the_largest_budget_that_fits_is_taken() -> None:

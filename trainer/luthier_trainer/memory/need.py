@@ -3,6 +3,7 @@
 import itertools
 import math
 from dataclasses import dataclass, replace
+from pathlib import Path
 
 import numpy as np
 import numpy.typing as npt
@@ -18,6 +19,7 @@ from luthier_trainer.memory.activations import checkpoint_layers
 from luthier_trainer.memory.held import held
 from luthier_trainer.memory.layers import Skipping
 from luthier_trainer.memory.live import Live, Sizes, faked
+from luthier_trainer.memory.remembered import remembered
 from luthier_trainer.memory.terms import Terms, frontier
 from luthier_trainer.model import Trained
 from luthier_trainer.plan import Compute
@@ -82,11 +84,13 @@ def need(
     checkpointing: bool,
     documents: bool | None = None,
     fused_head: bool | None = None,
+    cache_dir: Path | None = None,
 ) -> Need:
     """Traces a model that is loaded or on the meta device (`on_meta`), as the engine trains it; nothing is computed,
     and the model is left as it was.
 
-    `documents`, `fused_head`: what `probe.choose_forward` decided, None for what it will in all likelihood.
+    `documents`, `fused_head`: what `probe.choose_forward` decided, None for what it will in all likelihood;
+    `cache_dir`: where traces are remembered, None for nowhere.
     """
     model = trained.causal_lm
     if documents is None:
@@ -95,7 +99,13 @@ def need(
         fused_head = plain_head(model) is not None
     vocabulary = int(model.config.get_text_config().vocab_size)
     sizes = _sizes(trained, loss.chunk_rows(vocabulary, compute.device), vocabulary, documents)
-    moments = _trace(trained, Forward(model, documents, fused_head), sizes, compute.device, checkpointing)
+    forward = Forward(model, documents, fused_head)
+    moments = remembered(
+        cache_dir,
+        trained.root,
+        (str(compute.device), checkpointing, documents, fused_head),
+        lambda: _trace(trained, forward, sizes, compute.device, checkpointing),
+    )
     kept = held(trained, settings, compute.dtype)
     code = holding.CODE if compute.device.type == "cpu" else 0
     code += holding.generated(compute.device, compute.dtype)

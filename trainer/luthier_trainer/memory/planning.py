@@ -68,12 +68,13 @@ def plan_memory(
     ceiling: int,
     most: int,
     resumed: ResumedPlan | None,
+    cache_dir: Path | None = None,
 ) -> MemoryPlan:
     """Decides the budget and activation checkpointing, and switches the latter. A resumed plan's are kept.
 
     `limit`: bytes over the loaded process, of which the model is a part, 0 for none; `most`: tokens that a micro-batch
-    should never exceed. Raises TrainingError OUT_OF_MEMORY when not even a row of the longest fits; another attempt may
-    help where it would fit into `ceiling`, the device without other users.
+    should never exceed; `cache_dir`: where traces are remembered. Raises TrainingError OUT_OF_MEMORY when not even the
+    longest row fits; another attempt may help where it would fit into `ceiling`, the device without other users.
     """
     kept = MemoryPlan(most, False)
     if resumed is not None:
@@ -90,6 +91,7 @@ def plan_memory(
             checkpointing=checkpointing,
             documents=forward.documents,
             fused_head=forward.fused_head,
+            cache_dir=cache_dir,
         )
 
     try:
