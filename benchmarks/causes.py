@@ -22,12 +22,12 @@ CAUSES: dict[str, str] = {
         "looks for what is wrong on top, and reads the file within its time."
     ),
     "engine_memory": (
-        "a micro-batch has up to 4,096 tokens, TRL's with two rows a few hundred; half of them would take less memory "
-        "than TRL and about 8 % more processor time."
+        "a micro-batch has up to 3,072 tokens, TRL's with two rows a few hundred; 2,048 would take less memory than TRL "
+        "in any round, and 6 % more processor time."
     ),
     "job_latency_warm": (
-        "before the first step the engine now foretells its memory, proves its faster modules and measures its "
-        "attention, which costs some tenths of a second of a job of seconds."
+        "the first job of a model's shape has its memory traced before the first step, and every job proves its faster "
+        "modules and measures its attention: some tenths of a second each."
     ),
     "watch_live_p99": (
         "1,000 watchers that each get at most 20 messages a second are up to 20,000 writes a second, which with their "
