@@ -22,8 +22,8 @@ CAUSES: dict[str, str] = {
         "looks for what is wrong on top, and reads the file within its time."
     ),
     "engine_memory": (
-        "a micro-batch has up to 3,072 tokens, TRL's with two rows a few hundred; 2,048 would take less memory than TRL "
-        "in any round, and 6 % more processor time."
+        "a micro-batch has up to 3,072 tokens, TRL's with two rows a few hundred; 2,048 would take less memory than "
+        "TRL in any round, and 6 % more processor time."
     ),
     "job_latency_warm": (
         "the first job of a model's shape has its memory traced before the first step, and every job proves its faster "
