@@ -26,7 +26,8 @@ _RESULTS = Path(__file__).parent / "results"
 @dataclass(frozen=True)
 class Setting:
     """A job: its model's shape, its rows' words, its hyperparameters and its adapter. twice: with so little memory that
-    its layers compute twice; room: memory, in shares of the most that any rows would take, so that it probes."""
+    its layers compute twice; tokens: about as many as its largest micro-batch has; room: memory, in shares of what so
+    many tokens would take at most, so that it probes."""
 
     model: dict[str, Any]
     family: str = "llama"
@@ -37,6 +38,7 @@ class Setting:
     full: bool = False
     last_layers: int = 0
     twice: bool = False
+    tokens: int = 4096
     room: float = 1.4
 
 
@@ -63,9 +65,9 @@ _SETTINGS = {
     "last-layers-28m": Setting(_28M, full=True, last_layers=2),
     "saved-head-5m": Setting(_5M, saved=("lm_head",)),
     "dora-5m": Setting(_5M, adapter={"use_dora": True}),
-    "long-documents-5m": Setting(_5M, words=(1500, 1500), numbers={"max_length": 2048, "batch_size": 4}),
-    "small-batches-28m": Setting(_28M, words=(20, 120), numbers={"batch_size": 2}),
-    "checkpointing-28m": Setting(_28M, twice=True),
+    "long-documents-5m": Setting(_5M, words=(1500, 1500), numbers={"max_length": 2048, "batch_size": 4}, tokens=1536),
+    "small-batches-28m": Setting(_28M, words=(20, 120), numbers={"batch_size": 2}, tokens=256),
+    "checkpointing-28m": Setting(_28M, words=(700, 1400), twice=True, tokens=2048),
     "vocabulary-128k": Setting(_shape(128256, 256, 4, 4)),
     "gpt2-10m": Setting({"n_embd": 256, "n_layer": 6, "n_head": 4, "vocab_size": 4096}, family="gpt2", room=0.8),
 }
@@ -199,7 +201,7 @@ def _train(folder: Path, setting: Setting) -> dict[str, Any]:
         memory.on_meta(task.base_model, settings, compute), settings, compute, checkpointing=setting.twice
     )
     longest = numbers["max_length"]
-    most = need.peak(4096, 4096, longest)
+    most = need.peak(setting.tokens, setting.tokens, min(longest, setting.tokens))
     task.memory_limit_bytes = int(most * 1.01) if setting.twice else int(most * setting.room)
     plans: list[event_pb2.PlanResolved] = []
 
