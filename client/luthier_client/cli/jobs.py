@@ -1,4 +1,4 @@
-"""`luthier job`: create, list, get, watch, wait, cancel, logs; and what `rest` and `checkpoints` add."""
+"""`luthier job`: create, list, get, watch, wait, cancel, logs; and what `rest`, `checkpoints` and `diff` add."""
 
 import sys
 from typing import TYPE_CHECKING
@@ -6,6 +6,7 @@ from typing import TYPE_CHECKING
 import click
 
 from luthier_client.cli.checkpoints import checkpoints
+from luthier_client.cli.diff import diff
 from luthier_client.cli.lazy import Command, settings
 from luthier_client.cli.numbers import number_options, number_settings
 from luthier_client.cli.rest import delete, pause, resume, told
@@ -24,7 +25,7 @@ _STATES = [
 
 @click.group()
 def job() -> None:
-    """Create, watch, pause, resume, cancel and delete jobs."""
+    """Create, watch, compare, pause, resume, cancel and delete jobs."""
 
 
 @job.command(
@@ -34,17 +35,18 @@ def job() -> None:
     luthier job create -f job.yaml --find-lr --watch
     luthier job create -f job.yaml --epochs auto --batch-size auto --learning-rate auto
     luthier job create -f job.yaml --resume-from @latest:step-200
+    luthier job create --from support-bot@production --set learning_rate=1e-4 --model-name support-bot
     luthier job create -f job.yaml --validate-only
     luthier job create -f job.yaml --dry-run && luthier job create -f job.yaml
     luthier job create -f job.yaml --set lora.rank=64 --dry-run --probe""",
 )
-@click.option(
-    "-f", "--file", required=True, type=click.Path(allow_dash=True), help="A job as YAML or JSON; - is stdin."
-)
+@click.option("-f", "--file", type=click.Path(allow_dash=True), help="A job as YAML or JSON; - is stdin.")
+@click.option("--from", "model_id", metavar="MODEL", help="The job of a model, again; other options go over it.")
 @click.option("--set", "assignments", metavar="KEY=VALUE", multiple=True, help="Set a field; KEY may be shortened.")
 @number_options
 @tokenization_options
 @click.option("--resume-from", metavar="JOB:step-N", help="Go on from a checkpoint of another job.")
+@click.option("--model-name", metavar="NAME", help="What comes out becomes the next version of this name.")
 @click.option("--watch", is_flag=True, help="Watch the job to its end.")
 @click.option("--validate-only", is_flag=True, help="Check the job and show what would be created.")
 @click.option("--dry-run", is_flag=True, help="Show what the job would take; exit code 1 when it does not fit.")
@@ -53,9 +55,11 @@ def job() -> None:
 def create(
     ctx: click.Context,
     /,
-    file: str,
+    file: str | None,
+    model_id: str | None,
     assignments: tuple[str, ...],
     resume_from: str | None,
+    model_name: str | None,
     watch: bool,
     validate_only: bool,
     epochs: str | None,
@@ -66,8 +70,8 @@ def create(
     probe: bool,
     **flags: str | None,
 ) -> None:
-    """Create a job from a file."""
-    from luthier_client.cli import ids, output
+    """Create a job from a file, or from a model."""
+    from luthier_client.cli import again, ids, output
     from luthier_client.cli.connect import connect
     from luthier_client.cli.follow import follow
     from luthier_client.spec import apply_settings, load_spec, parse_spec
@@ -76,12 +80,24 @@ def create(
         raise click.UsageError("--probe goes with --dry-run.")
     if dry_run and (watch or validate_only):
         raise click.UsageError("--dry-run creates nothing: leave out --watch and --validate-only.")
-    spec = parse_spec(sys.stdin.read(), "stdin") if file == "-" else load_spec(file)
+    if (file is None) == (model_id is None):
+        raise click.UsageError("give --file or --from, one of them.")
     numbers = {"epochs": epochs, "batch_size": batch_size, "learning_rate": learning_rate}
-    apply_settings(spec, [*assignments, *number_settings(numbers, find_lr)])
-    apply_tokenization(spec, tokenization_fields(**flags))
+    given = [*assignments, *number_settings(numbers, find_lr)]
+    tokenization = tokenization_fields(**flags)
+    spec = None if file is None else parse_spec(sys.stdin.read(), "stdin") if file == "-" else load_spec(file)
     chosen = settings(ctx)
     with connect(chosen) as client:
+        before = None
+        if spec is None:
+            before = again.spec_of(client, ids.model(client, str(model_id)))
+            spec = again.without(before, given)
+        apply_settings(spec, given)
+        apply_tokenization(spec, tokenization)
+        if model_name is not None:
+            spec.fine_tune.model_name = model_name
+        if before is not None and chosen.output == "table":
+            again.tell(before, spec)
         if resume_from is not None:
             spec.fine_tune.resume_from = ids.checkpoint(client, resume_from)
         if dry_run:
@@ -207,7 +223,7 @@ def logs(ctx: click.Context, job_id: str, follow: bool) -> None:
                 break
 
 
-for command in (pause, resume, delete, checkpoints):
+for command in (pause, resume, delete, checkpoints, diff):
     job.add_command(command)
 
 
@@ -227,17 +243,22 @@ def _state(job: "Job") -> str:
 
 def _summary(job: "Job") -> list[str]:
     from luthier_client.cli import output
+    from luthier_client.exports import describe
 
     progress = job.progress
     step = f"{progress.step}/{progress.total_steps}" if progress.total_steps else ""
     loss = output.number(progress.loss) if progress.step else ""
-    return [job.id, _state(job), step, loss, output.age(job.create_time), job.spec.display_name]
+    name = job.spec.display_name
+    if not name and job.spec.HasField("export"):
+        name = f"{describe(job.spec.export)} of {job.spec.export.model}"
+    return [job.id, _state(job), step, loss, output.age(job.create_time), name]
 
 
 def _details(job: "Job") -> list[tuple[str, str]]:
     from luthier_client.cli import output
+    from luthier_client.exports import describe
 
-    progress, task = job.progress, job.spec.fine_tune
+    progress, task, exported = job.progress, job.spec.fine_tune, job.spec.export
     started = job.start_time.seconds or job.create_time.seconds
     rows = [
         ("id", job.id),
@@ -245,6 +266,8 @@ def _details(job: "Job") -> list[tuple[str, str]]:
         ("state", _state(job)),
         ("queue", f"position {job.queue_position}" if job.queue_position else ""),
         ("base model", task.base_model),
+        ("export", f"{describe(exported)} of {exported.model}" if job.spec.HasField("export") else ""),
+        ("copy", exported.destination.uri),
         ("dataset", task.training_dataset),
         ("labels", ", ".join(f"{key}={value}" for key, value in sorted(job.spec.labels.items()))),
         ("step", f"{progress.step}/{progress.total_steps}" if progress.total_steps else ""),
@@ -256,6 +279,7 @@ def _details(job: "Job") -> list[tuple[str, str]]:
         ("created", output.age(job.create_time)),
         ("took", output.duration(job.end_time.seconds - started) if job.end_time.seconds else ""),
         ("model", job.model_id),
+        ("made", job.export_id),
     ]
     if job.HasField("error"):
         rows += [("error", f"{job.error.reason}: {job.error.message}"), ("hint", job.error.hint)]

@@ -9,6 +9,7 @@ from luthier.v1.job_pb2 import JobState
 from luthier_client import enums
 from luthier_client.cli import output, reports
 from luthier_client.cli.picture import JobPicture
+from luthier_client.cli.proof import proof_line
 
 
 class LineWriter:
@@ -107,6 +108,8 @@ def describe(event: JobEvent, picture: JobPicture) -> str | None:
         return log_line(event)
     if kind == "datasets_checked":
         return f"checked  {reports.checked_line(event.datasets_checked)}"
+    if kind == "export_proven":
+        return proof_line(event.export_proven.proof)
     return None
 
 

@@ -14,6 +14,7 @@ from luthier.v1.event_pb2 import LearningRateFound
 from luthier_client.cli import output, reports
 from luthier_client.cli.lines import resumed
 from luthier_client.cli.picture import JobPicture
+from luthier_client.cli.proof import proof_line
 
 _BARS = "▁▂▃▄▅▆▇█"
 _ASCII_BARS = "_.-=*#"
@@ -41,6 +42,9 @@ class LiveView:
         picture = self._picture
         yield self._title(width)
         yield self._progress(width)
+        if picture.proof is not None:
+            style = "green" if picture.proof.passed else "red"
+            yield Text(output.one_line(proof_line(picture.proof), 300), style=style)
         if picture.found_rate is not None:
             yield self._rate(picture.found_rate, width)
         if (step := picture.step) is not None:
@@ -82,7 +86,7 @@ class LiveView:
         if seconds := picture.seconds():
             state.append(f" · {output.duration(seconds)}", style="dim")
         name = Text.assemble((output.one_line(picture.name, 60), "bold"))
-        base = picture.job.spec.fine_tune.base_model
+        base = picture.job.spec.fine_tune.base_model or (picture.exports if picture.name != picture.exports else "")
         if base and width >= 60:
             name.append(f"  {output.one_line(base, 40)}", style="dim")
         name.truncate(max(1, width - state.cell_len - 2), overflow="ellipsis")

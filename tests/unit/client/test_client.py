@@ -228,7 +228,7 @@ def test_the_two_clients_and_handles_offer_the_same_methods() -> None:
     from luthier_client import AsyncJobHandle, JobHandle
 
     def names(kind: Any) -> set[str]:
-        return {name for name in vars(kind) if not name.startswith("_")}
+        return {name for name in dir(kind) if not name.startswith("_")}
 
     assert names(AsyncClient) == names(Client)
     assert names(AsyncJobHandle) == names(JobHandle)
