@@ -5,8 +5,9 @@ from pathlib import Path
 from typing import Any
 
 import pytest
+from unit.client.fake_models import FILES
 from unit.client.fake_server import FakeServer, job_spec
-from unit.client.fake_service import FILES, VERSION
+from unit.client.fake_service import VERSION
 
 from luthier.v1.job_pb2 import JOB_STATE_CANCELLED, JOB_STATE_FAILED, JOB_STATE_SUCCEEDED
 from luthier_client import AsyncClient, Client, JobCancelled, JobFailed, errors
