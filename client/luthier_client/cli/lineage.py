@@ -114,4 +114,4 @@ def _words(each: str, nodes: "dict[str, LineageNode]") -> str:
         return output.one_line(each, 200)
     name = node.name if node.name != node.id else ""
     facts = [name, f"({node.licence})" if node.licence else "", "[deleted]" if node.deleted else ""]
-    return output.one_line("  ".join([each, *filter(None, facts)]), 300)
+    return "  ".join(output.one_line(fact, 200) for fact in [each, *facts] if fact)
