@@ -82,3 +82,8 @@ async def insert(transaction: Transaction, model: Model) -> None:
             model.validation_dataset,
         ),
     )
+
+
+async def present(transaction: Transaction, tenant: str, model_id: str) -> bool:
+    """Whether the model still exists."""
+    return bool(await transaction.fetch("SELECT 1 FROM models WHERE tenant = ? AND id = ?", (tenant, model_id)))
