@@ -32,9 +32,11 @@ from luthier_server.job import (
     VALIDATING,
     Job,
 )
+from luthier_server.references import References, is_model_id
 from luthier_server.registry import Registry
 from luthier_server.store import datasets as dataset_rows
 from luthier_server.store import jobs as rows
+from luthier_server.store import models as model_rows
 from luthier_server.store.database import Database, Transaction
 from luthier_server.store.jobs import Checkpoint
 from luthier_server.tasks import Resolved
@@ -57,6 +59,7 @@ class Jobs:
         hub: Hub,
         datasets: Datasets,
         registry: Registry,
+        references: References,
         jobs_dir: Path,
         *,
         job_ids: Ids,
@@ -70,6 +73,7 @@ class Jobs:
         self._hub = hub
         self._datasets = datasets
         self._registry = registry
+        self._references = references
         self._jobs_dir = jobs_dir
         self._job_ids = job_ids
         self._max_queued = max_queued
@@ -141,6 +145,9 @@ class Jobs:
                 if not await dataset_rows.present(transaction, tenant, dataset_id):
                     raise NotFound("dataset", dataset_id)
                 await dataset_rows.hold(transaction, tenant, dataset_id, job.id)
+            base_model = resolved.fine_tune.base_model
+            if is_model_id(base_model) and not await model_rows.present(transaction, tenant, base_model):
+                raise NotFound("model", base_model, "it was deleted just now")
             change = Change(job, now)
             if self._first_state == VALIDATING:
                 change.move(VALIDATING, "SUBMITTED", "its datasets are checked for its base model")
@@ -171,7 +178,8 @@ class Jobs:
         if task.validation_dataset:
             validation = await self._datasets.find(tenant, task.validation_dataset)
             violations += specs.format_violations("validation_dataset", validation.format)
-        base = await self._registry.base(tenant, task.base_model)
+        base_model = await self._references.base(tenant, task.base_model)
+        base = await self._registry.base(tenant, base_model)
         if task.WhichOneof("adaptation") != "full":
             violations += specs.module_violations(task.lora, base.module_names, task.base_model)
         elif base.adapter_dir:
@@ -191,6 +199,7 @@ class Jobs:
         resolved = specs.resolved(
             decided, rows=training.row_count, max_positions=base.max_positions, row_format=training.format
         )
+        resolved.fine_tune.base_model = base_model
         resolved.fine_tune.training_dataset = training.id
         if validation is not None:
             resolved.fine_tune.validation_dataset = validation.id
@@ -201,19 +210,17 @@ class Jobs:
         task = resolved.fine_tune
         if not task.resume_from:
             return None
-        job_id, _, step = task.resume_from.partition(":step-")
-        before = (await self.get(tenant, job_id)).resolved_spec.fine_tune
+        found = await self._references.find(tenant, task.resume_from)
+        before = (await self.get(tenant, found.job_id)).resolved_spec.fine_tune
         specs.resolve_adaptation(before)
-        directory = await self.checkpoint_dir(tenant, job_id, int(step))
         specs.refuse(
             [
-                Violation(f"spec.fine_tune.{field}", f"must be as in {job_id}, whose checkpoint is gone on from")
+                Violation(f"spec.fine_tune.{field}", f"must be as in {found.job_id}, whose checkpoint is gone on from")
                 for field in ("base_model", "base_model_revision", "training_dataset", "lora", "full")
                 if getattr(before, field) != getattr(task, field)
             ]
         )
-        known = await self._rows.checkpoints(tenant, job_id)
-        return next(each for each in known if each.directory == directory.name)
+        return found.checkpoint
 
     async def _take_origin(self, job: Job, source: Checkpoint) -> list[Checkpoint]:
         """Links another job's checkpoint into the new job, as of attempt 0, so that it outlives the other job."""
@@ -257,18 +264,6 @@ class Jobs:
         """Place in the queue, from 1, of every job that waits."""
         return {job_id: place for place, job_id in enumerate(await self._rows.queued_ids(tenant), start=1)}
 
-    async def checkpoint_dir(self, tenant: str, job_id: str, step: int) -> Path:
-        """The newest attempt's checkpoint of that step. Raises NotFound."""
-        await self.get(tenant, job_id)
-        name = f"{job_id}:step-{step}"
-        known = await self._rows.checkpoints(tenant, job_id)
-        for each in known:
-            path = self._jobs_dir / job_id / "checkpoints" / each.directory
-            if each.step == step and path.is_dir():
-                return path
-        there = sorted({each.step for each in known if self._kept(each)})
-        raise NotFound("checkpoint", name, f"the job has steps {', '.join(map(str, there)) or 'none'}")
-
     async def checkpoints(self, tenant: str, job_id: str) -> list[Checkpoint]:
         """The checkpoints on disk, newest first: by attempt, then by step. Raises NotFound."""
         await self.get(tenant, job_id)
@@ -276,10 +271,8 @@ class Jobs:
 
     async def resume_points(self, tenant: str, job_id: str) -> list[Checkpoint]:
         """Where a job's next attempt may go on from, best first."""
-        return [each for each in await self._rows.checkpoints(tenant, job_id) if self._kept(each)]
-
-    def _kept(self, checkpoint: Checkpoint) -> bool:
-        return (self._jobs_dir / checkpoint.job_id / "checkpoints" / checkpoint.directory).is_dir()
+        known = await self._rows.checkpoints(tenant, job_id)
+        return [each for each in known if self._references.checkpoint_dir(each).is_dir()]
 
     async def cancel(self, tenant: str, job_id: str) -> Job:
         """Asks a job to stop; one that no trainer works on is CANCELLED at once.

@@ -29,8 +29,9 @@ from luthier_server.executors.local import LocalExecutor, LocalSettings
 from luthier_server.fitting import Fitting, FittingSettings
 from luthier_server.grpc.certificate import Certificate, CertificateError
 from luthier_server.grpc.datasets import DatasetService
+from luthier_server.grpc.models import ModelService
 from luthier_server.grpc.serve import AddressError, GrpcServer
-from luthier_server.grpc.service import FineTuning, ModelService
+from luthier_server.grpc.service import FineTuning
 from luthier_server.grpc.tokens import TokenFileError, Tokens
 from luthier_server.grpc.watch import Watch, WatchLimits
 from luthier_server.hub import Hub
@@ -38,6 +39,7 @@ from luthier_server.ids import Ids
 from luthier_server.imports import Allowed, Imports
 from luthier_server.jobs import Jobs, microseconds
 from luthier_server.pages import Pages
+from luthier_server.references import References
 from luthier_server.registry import Registry
 from luthier_server.runner import Limits
 from luthier_server.scheduler import Scheduler, SchedulerSettings
@@ -122,6 +124,7 @@ class Daemon:
         uploads.prepare()
         datasets = Datasets(database, data_dir / "blobs", uploads, workers, Ids(last_ids[1]), clock=microseconds)
         secrets = Secrets(chosen.secrets_dir)
+        references = References(database, data_dir / "models", data_dir / "jobs")
         registry = Registry(database, data_dir / "models", workers, chosen.model_root)
         self.executor = LocalExecutor(
             LocalSettings(
@@ -150,6 +153,7 @@ class Daemon:
             self.hub,
             datasets,
             registry,
+            references,
             data_dir / "jobs",
             job_ids=Ids(last_ids[0]),
             max_queued=chosen.max_queued,
@@ -160,6 +164,7 @@ class Daemon:
         checks = Checks(
             datasets,
             registry,
+            references,
             JobRows(database),
             self.data_work,
             secrets,
@@ -227,7 +232,7 @@ class Daemon:
                     self.jobs, estimates, watch, history_id
                 ),
                 datasets_pb2.DESCRIPTOR.services_by_name["Datasets"]: dataset_service,
-                models_pb2.DESCRIPTOR.services_by_name["Models"]: ModelService(registry, self.jobs),
+                models_pb2.DESCRIPTOR.services_by_name["Models"]: ModelService(registry, references),
             },
             tokens=Tokens(chosen.token_file) if chosen.token_file else None,
             certificate=Certificate(chosen.tls_cert, chosen.tls_key) if chosen.tls_cert and chosen.tls_key else None,

@@ -2,18 +2,16 @@
 
 import asyncio
 import hashlib
-import re
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 
 from luthier.trainer.v1.report_pb2 import ModelReport
 from luthier_server.errors import InvalidArgument, NotFound, Violation
+from luthier_server.references import is_model_id
 from luthier_server.store.database import Database
 from luthier_server.store.models import Model, Models
 from luthier_server.workers import Workers
-
-_MODEL_ID = re.compile(r"model_[0-9A-HJKMNP-TV-Z]{26}")
 
 
 @dataclass(frozen=True, slots=True)
@@ -40,16 +38,11 @@ class Registry:
         """Where a model's files lie."""
         return self._models_dir / model_id
 
-    async def get(self, tenant: str, model_id: str) -> Model:
-        """The model. Raises NotFound."""
-        model = await self._rows.get(tenant, model_id)
-        if model is None:
-            raise NotFound("model", model_id)
-        return model
-
-    async def page(self, tenant: str, *, below: str, limit: int, id_prefix: str) -> list[Model]:
+    async def page(
+        self, tenant: str, *, below: str, limit: int, id_prefix: str, name: str, tags: Mapping[str, str]
+    ) -> list[Model]:
         """Models newest first, with ids below `below` (empty: from the newest)."""
-        return await self._rows.page(tenant, below=below, limit=limit, id_prefix=id_prefix)
+        return await self._rows.page(tenant, below=below, limit=limit, id_prefix=id_prefix, name=name, tags=tags)
 
     async def base(self, tenant: str, base_model: str) -> ModelReport:
         """Where a job's base model comes from. Raises InvalidArgument with what is wrong with it.
@@ -63,7 +56,7 @@ class Registry:
             raise InvalidArgument(f"{rule.field}: {rule.description}", [rule], reason="MODEL_NOT_FOUND")
         name = base_model
         if base_model.startswith("model_"):
-            if not _MODEL_ID.fullmatch(base_model) or await self._rows.get(tenant, base_model) is None:
+            if not is_model_id(base_model) or await self._rows.get(tenant, base_model) is None:
                 raise InvalidArgument(
                     f"there is no model '{base_model}'",
                     [Violation("spec.fine_tune.base_model", f"there is no model '{base_model}': see ListModels")],
