@@ -104,7 +104,8 @@ class Assignments:
 
     async def _export(self, task: TrainerTask, job: Job, attempt: Attempt) -> dict[str, str]:
         spec = job.resolved_spec.export
-        source = await self._sources.find(job.tenant, spec.model, linked := self._jobs.source_dir(job.id))
+        linked = self._jobs.source_dir(job.id)
+        source = await self._sources.find(job.tenant, spec.model, linked)
         if source.checkpoint is not None:  # the link is gone, as after a restore
             await self._jobs.link(source.checkpoint, linked)
         proof = await self._datasets.find(job.tenant, spec.proof_dataset)

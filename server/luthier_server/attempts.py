@@ -3,12 +3,9 @@
 A trainer only reports; whether that moves its job's state is decided here.
 """
 
-import asyncio
 import dataclasses
-import shutil
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
-from pathlib import Path
 
 import structlog
 
@@ -70,7 +67,6 @@ class Attempts:
         jobs: Jobs,
         model_ids: Ids,
         export_ids: Ids,
-        exports_dir: Path,
         *,
         retry_seconds: float = 5,
         clock: Callable[[], int] = microseconds,
@@ -80,7 +76,6 @@ class Attempts:
         self._jobs = jobs
         self._model_ids = model_ids
         self._export_ids = export_ids
-        self._exports_dir = exports_dir
         self._retry_seconds = retry_seconds
         self._clock = clock
 
@@ -128,13 +123,20 @@ class Attempts:
                 slot=slot,
                 end_time=0,
                 lane=job.lane,
-                export_id=self._export_ids.new("export") if job.is_export else "",
+                export_id=await self._export_id(transaction, job) if job.is_export else "",
             )
             await rows.insert_attempt(transaction, attempt, job.tenant, change.now)
             change.move(PREPARING, "SLOT_FREE")
             return await change.commit(transaction, self._hub, self._jobs.changed.set), attempt
 
         return await self._database.write(work)
+
+    async def _export_id(self, transaction: Transaction, job: Job) -> str:
+        """The id of the export that a job makes. Its attempts share it: what an earlier one has written and proven is
+        only copied by the next."""
+        if not job.attempt:
+            return self._export_ids.new("export")
+        return (await rows.load_attempt(transaction, job.id, job.attempt)).export_id
 
     async def ingest(self, attempt: Attempt, reports: Sequence[TrainerReport], offset: int) -> Attempt:
         """Turns an attempt's next reports into events, and remembers that its spool is read up to `offset`.
@@ -163,10 +165,6 @@ class Attempts:
 
     async def settle(self, attempt: Attempt, ending: Ending) -> Job:
         """Ends an attempt whose process is gone and whose spool is read, by its last report or for want of one."""
-        if attempt.export_id and not TrainerReport.FromString(attempt.outcome).HasField("finished"):
-            # Before the end is told: who hears of it finds nothing that looks like an export.
-            await asyncio.to_thread(shutil.rmtree, self._exports_dir / attempt.export_id, ignore_errors=True)
-            await asyncio.to_thread(shutil.rmtree, self._exports_dir / f".tmp-{attempt.export_id}", ignore_errors=True)
 
         async def work(transaction: Transaction) -> Job:
             job = await rows.load(transaction, attempt.job_id)

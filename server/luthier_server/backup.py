@@ -1,7 +1,8 @@
 """`luthierd backup` and `luthierd restore`: a copy of all that cannot be made again, taken while the server runs.
 
 A backup holds the database (by SQLite's backup API, so a moment of it), and the datasets, models, exports and
-checkpoints that the database names. Spools and logs stay behind: a job that was training goes on from its newest checkpoint.
+checkpoints that the database names. Spools and logs stay behind: a job that was training goes on from its newest
+checkpoint.
 """
 
 import argparse

@@ -72,9 +72,7 @@ class Change:
             moved.error.CopyFrom(error)
             self.set(error=error)
         self.emit(moved)
-        self.set(
-            state=state, model_id=model_id or self.job.model_id, export_id=export_id or self.job.export_id
-        )
+        self.set(state=state, model_id=model_id or self.job.model_id, export_id=export_id or self.job.export_id)
         if state != PAUSED:
             self.set(pause_reason="")
         if state != QUEUED:

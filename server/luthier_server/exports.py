@@ -18,7 +18,6 @@ from luthier_server.job import QUEUED, Job
 from luthier_server.jobs import Jobs
 from luthier_server.secrets import Secrets
 from luthier_server.store import exports as rows
-from luthier_server.store import models as model_rows
 from luthier_server.store.database import Database, Transaction
 from luthier_server.store.exports import Export
 from luthier_server.store.jobs import Checkpoint
@@ -82,8 +81,10 @@ class Exports:
 
     async def page(self, tenant: str, *, below: str, limit: int, model: str, id_prefix: str) -> list[Export]:
         """Exports newest first, without their files, with ids below `below` (empty: from the newest); with `model`
-        only those of it."""
-        return await self._rows.page(tenant, below=below, limit=limit, model_id=model, id_prefix=id_prefix)
+        only those of it. Raises NotFound for a name that means no model."""
+        # Also of a checkpoint that is gone.
+        model_id = model if ":" in model or not model else (await self._sources.model_id(tenant, model))
+        return await self._rows.page(tenant, below=below, limit=limit, model_id=model_id, id_prefix=id_prefix)
 
     async def delete(self, tenant: str, export_id: str) -> None:
         """Deletes an export and its files. Raises NotFound."""
@@ -138,8 +139,8 @@ class Exports:
             resolved(spec, source.name, proof),
             QUEUED,
             [proof],
+            model_id="" if source.checkpoint is not None else source.name,
             link=link,
-            require=functools.partial(_require_model, tenant=tenant, source=source),
         )
 
     async def _proof_dataset(
@@ -203,8 +204,3 @@ def _format_refusals(task: ExportTask, source: ExportSource) -> list[_Refusal]:
             Violation("export.gguf.adapter_only", f"{source.name} was tuned whole and has no adapter: leave it out")
         )
     return [_Refusal(each) for each in found]
-
-
-async def _require_model(transaction: Transaction, *, tenant: str, source: ExportSource) -> None:
-    if source.checkpoint is None and not await model_rows.present(transaction, tenant, source.name):
-        raise NotFound("model", source.name, "it was deleted meanwhile")

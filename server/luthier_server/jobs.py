@@ -28,9 +28,11 @@ from luthier_server.job import (
     PAUSED,
     PAUSING,
     QUEUED,
+    SUCCEEDED,
     VALIDATING,
     Job,
 )
+from luthier_server.references import References, is_model_id
 from luthier_server.registry import Registry
 from luthier_server.store import jobs as rows
 from luthier_server.store.database import Database, Transaction
@@ -56,7 +58,9 @@ class Jobs:
         hub: Hub,
         datasets: Datasets,
         registry: Registry,
+        references: References,
         jobs_dir: Path,
+        exports_dir: Path,
         *,
         job_ids: Ids,
         max_queued: int,
@@ -69,7 +73,9 @@ class Jobs:
         self._hub = hub
         self._datasets = datasets
         self._registry = registry
+        self._references = references
         self._jobs_dir = jobs_dir
+        self._exports_dir = exports_dir
         self._job_ids = job_ids
         self._max_queued = max_queued
         self._first_state = VALIDATING if validates else QUEUED
@@ -100,6 +106,7 @@ class Jobs:
                 self._first_state,
                 found.dataset_ids,
                 found.reasons,
+                model_id=base_model if is_model_id(base_model := found.spec.fine_tune.base_model) else "",
                 link=functools.partial(self._take_origin, source) if source else None,
             )
 
@@ -152,7 +159,8 @@ class Jobs:
         if task.validation_dataset:
             validation = await self._datasets.find(tenant, task.validation_dataset)
             violations += specs.format_violations("validation_dataset", validation.format)
-        base = await self._registry.base(tenant, task.base_model)
+        base_model = await self._references.base(tenant, task.base_model)
+        base = await self._registry.base(tenant, base_model)
         if task.WhichOneof("adaptation") != "full":
             violations += specs.module_violations(task.lora, base.module_names, task.base_model)
         elif base.adapter_dir:
@@ -172,6 +180,7 @@ class Jobs:
         resolved = specs.resolved(
             decided, rows=training.row_count, max_positions=base.max_positions, row_format=training.format
         )
+        resolved.fine_tune.base_model = base_model
         resolved.fine_tune.training_dataset = training.id
         if validation is not None:
             resolved.fine_tune.validation_dataset = validation.id
@@ -182,19 +191,18 @@ class Jobs:
         task = resolved.fine_tune
         if not task.resume_from:
             return None
-        job_id, _, step = task.resume_from.partition(":step-")
-        before = FineTuneTask()
-        before.CopyFrom((await self.get(tenant, job_id)).resolved_spec.fine_tune)
+        found = await self._references.find(tenant, task.resume_from)
+        before = FineTuneTask()  # what the store gives out belongs to all
+        before.CopyFrom((await self.get(tenant, found.job_id)).resolved_spec.fine_tune)
         specs.resolve_adaptation(before)
-        checkpoint = await self.checkpoint(tenant, job_id, int(step))
         specs.refuse(
             [
-                Violation(f"spec.fine_tune.{field}", f"must be as in {job_id}, whose checkpoint is gone on from")
+                Violation(f"spec.fine_tune.{field}", f"must be as in {found.job_id}, whose checkpoint is gone on from")
                 for field in ("base_model", "base_model_revision", "training_dataset", "lora", "full")
                 if getattr(before, field) != getattr(task, field)
             ]
         )
-        return checkpoint
+        return found.checkpoint
 
     async def _take_origin(self, source: Checkpoint, job: Job) -> list[Checkpoint]:
         """Links another job's checkpoint into the new job, as of attempt 0, so that it outlives the other job."""
@@ -205,7 +213,7 @@ class Jobs:
     async def link(self, checkpoint: Checkpoint, target: Path) -> None:
         """Makes a directory that holds a checkpoint's files, which stay there when the checkpoint goes. Raises
         NotFound when it has gone."""
-        there = self.checkpoint_path(checkpoint)
+        there = self._references.checkpoint_dir(checkpoint)
         try:
             await asyncio.to_thread(shutil.copytree, there, target, copy_function=_link)
         except OSError as error:  # shutil's own error too
@@ -253,21 +261,6 @@ class Jobs:
             waiting[lane] = places[job_id] = waiting.get(lane, 0) + 1
         return places
 
-    async def checkpoint_dir(self, tenant: str, job_id: str, step: int) -> Path:
-        """Where the newest attempt's checkpoint of that step lies. Raises NotFound."""
-        return self.checkpoint_path(await self.checkpoint(tenant, job_id, step))
-
-    async def checkpoint(self, tenant: str, job_id: str, step: int) -> Checkpoint:
-        """The newest attempt's checkpoint of that step, if it is on disk. Raises NotFound."""
-        await self.get(tenant, job_id)
-        name = f"{job_id}:step-{step}"
-        known = await self._rows.checkpoints(tenant, job_id)
-        for each in known:
-            if each.step == step and self._kept(each):
-                return each
-        there = sorted({each.step for each in known if self._kept(each)})
-        raise NotFound("checkpoint", name, f"the job has steps {', '.join(map(str, there)) or 'none'}")
-
     async def checkpoints(self, tenant: str, job_id: str) -> list[Checkpoint]:
         """The checkpoints on disk, newest first: by attempt, then by step. Raises NotFound."""
         await self.get(tenant, job_id)
@@ -275,14 +268,8 @@ class Jobs:
 
     async def resume_points(self, tenant: str, job_id: str) -> list[Checkpoint]:
         """Where a job's next attempt may go on from, best first."""
-        return [each for each in await self._rows.checkpoints(tenant, job_id) if self._kept(each)]
-
-    def _kept(self, checkpoint: Checkpoint) -> bool:
-        return self.checkpoint_path(checkpoint).is_dir()
-
-    def checkpoint_path(self, checkpoint: Checkpoint) -> Path:
-        """Where a checkpoint lies, or lay."""
-        return self._jobs_dir / checkpoint.job_id / "checkpoints" / checkpoint.directory
+        known = await self._rows.checkpoints(tenant, job_id)
+        return [each for each in known if self._references.checkpoint_dir(each).is_dir()]
 
     async def cancel(self, tenant: str, job_id: str) -> Job:
         """Asks a job to stop; one that no trainer works on is CANCELLED at once.
@@ -373,9 +360,16 @@ class Jobs:
         return self._jobs_dir / job_id / "source"
 
     async def let_go(self, job: Job) -> None:
-        """Removes what a job needed until its end, if this is it."""
-        if job.terminal and job.is_export:
-            await asyncio.to_thread(shutil.rmtree, self.source_dir(job.id), ignore_errors=True)
+        """Removes what a job needed until its end, if this is it, and an export that came to nothing."""
+        if not (job.terminal and job.is_export):
+            return
+        await asyncio.to_thread(shutil.rmtree, self.source_dir(job.id), ignore_errors=True)
+        if job.state != SUCCEEDED and job.attempt:
+            await self._discard((await self._rows.attempt(job.id, job.attempt)).export_id)
+
+    async def _discard(self, export_id: str) -> None:
+        for name in (export_id, f".tmp-{export_id}"):
+            await asyncio.to_thread(shutil.rmtree, self._exports_dir / name, ignore_errors=True)
 
     async def delete(self, tenant: str, job_id: str) -> Job:
         """Deletes a job at rest: its events, spools and checkpoints. Its model stays; its watches end NOT_FOUND.
@@ -383,10 +377,15 @@ class Jobs:
         Raises NotFound, and FailedPrecondition while a trainer works on it or it waits for one.
         """
 
+        unfinished = ""
+
         async def work(transaction: Transaction) -> Job:
+            nonlocal unfinished
             job = await rows.load(transaction, job_id)
             if job is None or job.tenant != tenant:
                 raise NotFound("job", job_id)
+            if job.is_export and job.attempt and job.state != SUCCEEDED:
+                unfinished = (await rows.load_attempt(transaction, job_id, job.attempt)).export_id
             if job.state not in AT_REST:
                 raise FailedPrecondition(
                     f"job '{job_id}' is not at rest: cancel or pause it first", subject=job_id, reason="JOB_NOT_AT_REST"
@@ -404,6 +403,8 @@ class Jobs:
 
         job = await self._database.write(work)
         await asyncio.to_thread(shutil.rmtree, self._jobs_dir / job_id, ignore_errors=True)
+        if unfinished:
+            await self._discard(unfinished)
         return job
 
 

@@ -38,7 +38,7 @@ class Slots:
         return self._free.pop(0)
 
     def hold(self, slot: int) -> None:
-        """Marks a slot as held by an attempt that an earlier server began; it may have had more slots than there are."""
+        """Marks a slot as held by an attempt that an earlier server began, which may have had more slots."""
         if slot in self._free:
             self._free.remove(slot)
 

@@ -29,12 +29,15 @@ from luthier_server.estimates import Estimates, EstimateSettings
 from luthier_server.executors.local import LocalExecutor, LocalSettings
 from luthier_server.export_sources import ExportSources
 from luthier_server.exports import Exports
+from luthier_server.files import Files
 from luthier_server.fitting import Fitting, FittingSettings
 from luthier_server.grpc.certificate import Certificate, CertificateError
 from luthier_server.grpc.datasets import DatasetService
+from luthier_server.grpc.downloads import DownloadService
 from luthier_server.grpc.exports import ExportService
+from luthier_server.grpc.models import ModelService
 from luthier_server.grpc.serve import AddressError, GrpcServer
-from luthier_server.grpc.service import FineTuning, ModelService
+from luthier_server.grpc.service import FineTuning
 from luthier_server.grpc.tokens import TokenFileError, Tokens
 from luthier_server.grpc.watch import Watch, WatchLimits
 from luthier_server.hub import Hub
@@ -43,6 +46,7 @@ from luthier_server.imports import Allowed, Imports
 from luthier_server.jobs import Jobs, microseconds
 from luthier_server.lanes import Lane
 from luthier_server.pages import Pages
+from luthier_server.references import References
 from luthier_server.registry import Registry
 from luthier_server.runner import Limits
 from luthier_server.scheduler import Scheduler, SchedulerSettings
@@ -129,6 +133,7 @@ class Daemon:
         uploads.prepare()
         datasets = Datasets(database, data_dir / "blobs", uploads, workers, Ids(last_ids[1]), clock=microseconds)
         secrets = Secrets(chosen.secrets_dir)
+        references = References(database, data_dir / "models", data_dir / "jobs")
         registry = Registry(database, data_dir / "models", workers, chosen.model_root)
         self.executor = LocalExecutor(
             LocalSettings(
@@ -157,7 +162,9 @@ class Daemon:
             self.hub,
             datasets,
             registry,
+            references,
             data_dir / "jobs",
+            data_dir / "exports",
             job_ids=Ids(last_ids[0]),
             max_queued=chosen.max_queued,
             # A puppet has no tokenizer to check anything with.
@@ -167,6 +174,7 @@ class Daemon:
         checks = Checks(
             datasets,
             registry,
+            references,
             JobRows(database),
             self.data_work,
             secrets,
@@ -175,7 +183,7 @@ class Daemon:
             limits=WorkLimits(),
         )
         self.validation = Validation(self.jobs, checks)
-        sources = ExportSources(self.jobs, registry)
+        sources = ExportSources(references, registry, self.jobs)
         self.exports = Exports(
             database, self.jobs, sources, datasets, secrets, data_dir / "exports", chosen.export_root
         )
@@ -204,7 +212,6 @@ class Daemon:
             self.jobs,
             Ids(last_ids[2]),
             Ids(last_ids[3]),
-            data_dir / "exports",
             retry_seconds=chosen.retry_seconds,
         )
         self.scheduler = Scheduler(
@@ -259,8 +266,9 @@ class Daemon:
                 ),
                 datasets_pb2.DESCRIPTOR.services_by_name["Datasets"]: (dataset_service,),
                 models_pb2.DESCRIPTOR.services_by_name["Models"]: (
-                    ModelService(registry, self.jobs),
-                    ExportService(self.exports, self.jobs, registry, history_id),
+                    ModelService(registry, references),
+                    ExportService(self.exports, self.jobs, history_id),
+                    DownloadService(references, self.exports, Files()),
                 ),
             },
             tokens=Tokens(chosen.token_file) if chosen.token_file else None,

@@ -13,6 +13,7 @@ from luthier_server.errors import AlreadyExists, Exhausted, FailedPrecondition, 
 from luthier_server.job import QUEUED, VALIDATING, Job
 from luthier_server.store import datasets as dataset_rows
 from luthier_server.store import jobs as rows
+from luthier_server.store import models as model_rows
 from luthier_server.store.database import Transaction
 from luthier_server.store.jobs import Checkpoint
 
@@ -21,18 +22,18 @@ from luthier_server.store.jobs import Checkpoint
 class Draft:
     """A job that may be created.
 
-    resolved: the spec with every default. first_state: VALIDATING or QUEUED. dataset_ids: what must not be deleted while
-    the job is not at rest. reasons: why rules decided numbers as they did. link: brings what the job needs of another
-    one into its folder, and returns the checkpoints among that. require: raises what keeps the job from being created,
-    as the transaction sees it.
+    resolved: the spec with every default. first_state: VALIDATING or QUEUED. dataset_ids: what must not be deleted
+    while the job is not at rest. reasons: why rules decided numbers as they did. model_id: the model that it starts
+    from, if it does. link: brings what the job needs of another one into its folder, and returns the checkpoints among
+    that.
     """
 
     resolved: JobSpec
     first_state: JobState.ValueType
     dataset_ids: Sequence[str] = ()
     reasons: Sequence[str] = ()
+    model_id: str = ""
     link: Callable[[Job], Awaitable[list[Checkpoint]]] | None = None
-    require: Callable[[Transaction], Awaitable[None]] | None = None
 
 
 def body_of(spec: Message) -> str:
@@ -86,14 +87,14 @@ async def store(
         )
     if request_id and (buried := await rows.tombstone(transaction, job.tenant, request_id)):
         _refuse_buried(*buried, body, request_id)
-    if draft.require is not None:
-        await draft.require(transaction)
     await rows.insert(transaction, job, request_id, body)
     await rows.insert_checkpoints(transaction, job.tenant, checkpoints)
     for dataset_id in draft.dataset_ids:
         if not await dataset_rows.present(transaction, job.tenant, dataset_id):
             raise NotFound("dataset", dataset_id)
         await dataset_rows.hold(transaction, job.tenant, dataset_id, job.id)
+    if draft.model_id and not await model_rows.present(transaction, job.tenant, draft.model_id):
+        raise NotFound("model", draft.model_id, "it was deleted just now")
     change = Change(job, job.create_time)
     if draft.first_state == VALIDATING:
         change.move(VALIDATING, "SUBMITTED", "its datasets are checked for its base model")

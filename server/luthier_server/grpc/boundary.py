@@ -226,6 +226,9 @@ def service_handler(service: ServiceDescriptor, *implementations: object) -> grp
     Raises ValueError when none has, or several."""
     handlers = {}
     for method in service.methods:
-        (call,) = (getattr(each, method.name) for each in implementations if hasattr(each, method.name))
+        calls = [getattr(each, method.name) for each in implementations if hasattr(each, method.name)]
+        if not calls:
+            continue
+        (call,) = calls
         handlers[method.name] = _handler(method, call, method.name)
     return grpc.method_handlers_generic_handler(service.full_name, handlers)

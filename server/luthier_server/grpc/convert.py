@@ -5,12 +5,13 @@ from luthier.v1.dataset_pb2 import Dataset as DatasetProto
 from luthier.v1.export_pb2 import Export as ExportProto
 from luthier.v1.job_pb2 import Job as JobProto
 from luthier.v1.model_pb2 import Model as ModelProto
+from luthier.v1.model_pb2 import ModelVersion
 from luthier_server.change import timestamp
 from luthier_server.job import FAILED, Job
 from luthier_server.store.datasets import Dataset
 from luthier_server.store.exports import Export
 from luthier_server.store.jobs import Checkpoint
-from luthier_server.store.models import Model
+from luthier_server.store.models import Model, Version
 
 
 def job_proto(job: Job, history_id: str, queue_position: int = 0) -> JobProto:
@@ -94,4 +95,24 @@ def model_proto(model: Model) -> ModelProto:
         create_time=timestamp(model.create_time),
         training_dataset=model.training_dataset,
         validation_dataset=model.validation_dataset,
+        base_model_revision=model.base_model_revision,
+        base_licence=model.base_licence,
+        parent_model=model.parent_model,
+        checkpoint=model.checkpoint,
+        tags=model.tags,
+        description=model.description,
+        versions=[version_proto(each) for each in model.versions],
+        aliases=model.aliases,
+        spec=model.spec,
+        resolved_spec=model.resolved_spec,
+    )
+
+
+def version_proto(version: Version) -> ModelVersion:
+    """A version of a name as clients see it."""
+    return ModelVersion(
+        name=version.name,
+        version=version.version,
+        model_id=version.model_id,
+        create_time=timestamp(version.create_time),
     )

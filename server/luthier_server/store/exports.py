@@ -68,9 +68,10 @@ class Exports:
         return [_export(row) for row in rows]
 
     async def ids(self) -> set[str]:
-        """The ids of all exports, and of those that attempts still make."""
+        """The ids of all exports, and of those that jobs are yet to finish."""
         rows = await self._database.read(
-            "SELECT id FROM exports UNION SELECT export_id FROM attempts WHERE end_time = 0 AND export_id != ''"
+            "SELECT id FROM exports UNION SELECT attempts.export_id FROM attempts JOIN jobs ON jobs.id = job_id"
+            " WHERE jobs.end_time = 0 AND attempts.export_id != ''"
         )
         return {row["id"] for row in rows}
 
@@ -85,8 +86,8 @@ class Exports:
 async def insert(transaction: Transaction, export: Export) -> None:
     """Adds an export."""
     await transaction.execute(
-        "INSERT INTO exports (id, tenant, model_id, job_id, task, files, proof, size_bytes, destination_uri, create_time)"
-        " VALUES (?, ?, ?, ?, ?, ?, ?, ?, ?, ?)",
+        "INSERT INTO exports (id, tenant, model_id, job_id, task, files, proof, size_bytes, destination_uri,"
+        " create_time) VALUES (?, ?, ?, ?, ?, ?, ?, ?, ?, ?)",
         (
             export.id,
             export.tenant,

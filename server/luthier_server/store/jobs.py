@@ -268,8 +268,8 @@ async def load_attempt(transaction: Transaction, job_id: str, number: int) -> At
 async def insert_attempt(transaction: Transaction, attempt: Attempt, tenant: str, now: int) -> None:
     """Adds an attempt that is about to start."""
     await transaction.execute(
-        "INSERT INTO attempts (tenant, job_id, number, reason, resume_from, model_id, export_id, lane, slot, start_time)"
-        " VALUES (?, ?, ?, ?, ?, ?, ?, ?, ?, ?)",
+        "INSERT INTO attempts (tenant, job_id, number, reason, resume_from, model_id, export_id, lane, slot,"
+        " start_time) VALUES (?, ?, ?, ?, ?, ?, ?, ?, ?, ?)",
         (
             tenant,
             attempt.job_id,
