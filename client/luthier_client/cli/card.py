@@ -83,7 +83,7 @@ def _rows(picture: JobPicture) -> list[tuple[str, str]]:
     arrow = "→" if output.speaks_unicode() else "->"
     rows = [("model", picture.model_id)] if picture.model_id else []
     if picture.exports:
-        rows = [("of", picture.job.spec.export.model), ("export", picture.export_id)]
+        rows = [("wrote", picture.exports), ("export", picture.export_id)]
         rows += [("copy", picture.job.spec.export.destination.uri)]
     steps, evaluations = picture.metrics.steps, picture.metrics.evaluations
     if steps:

@@ -100,7 +100,7 @@ def delete(ctx: click.Context, model_id: str, yes: bool) -> None:
 def _advise(refused: "FailedPrecondition", model_id: str) -> None:
     """Puts the command that resolves it to each thing that depends on the model."""
     refused.violations = [
-        (subject, f"{text}: {command}" if (command := resolving(subject, text, model_id)) else text)
+        (subject, f"{text} ({command})" if (command := resolving(subject, text, model_id)) else text)
         for subject, text in refused.violations
     ]
 

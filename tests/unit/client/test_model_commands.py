@@ -99,10 +99,10 @@ def test_a_refused_deletion_lists_each_dependent_with_the_command_that_resolves_
     refused = run("model", "delete", model, endpoint=endpoint)
     assert refused.returncode == 1
     for line in (
-        "  job_01J8ZQ4Y6N0000000000000001: goes on from it: luthier job cancel job_01J8ZQ4Y6N0000000000000001\n",
-        "  export_01J8ZQ4Y6N0000000000000002: was made of it: "
-        "luthier export delete export_01J8ZQ4Y6N0000000000000002\n",
-        "  support-bot@production: points to it: luthier model alias support-bot production --delete\n",
+        "  job_01J8ZQ4Y6N0000000000000001: goes on from it (luthier job cancel job_01J8ZQ4Y6N0000000000000001)\n",
+        "  export_01J8ZQ4Y6N0000000000000002: was made of it "
+        "(luthier export delete export_01J8ZQ4Y6N0000000000000002)\n",
+        "  support-bot@production: points to it (luthier model alias support-bot production --delete)\n",
     ):
         assert line in refused.stderr, refused.stderr
     assert resolving("model_01J8ZQ4Y6N0000000000000003", "", model).startswith("luthier model delete model_")
