@@ -13,6 +13,7 @@ import tempfile
 from collections.abc import Callable, Iterator
 from pathlib import Path
 
+import numpy as np
 from google.protobuf.json_format import ParseDict, ParseError
 
 from luthier.trainer.v1.task_pb2 import DatasetSource
@@ -22,8 +23,9 @@ from luthier.v1.export_task_pb2 import ExportTask, GgufExport
 from luthier_trainer.errors import TrainingError
 from luthier_trainer.export.proof import compare
 from luthier_trainer.export.proof.artefact import Artefact, Loader, NotLoaded
-from luthier_trainer.export.proof.measure import Continuation, Judged, continuation, judged
+from luthier_trainer.export.proof.measure import Continuation, Judged, judged
 from luthier_trainer.export.proof.reference import Reference, ask
+from luthier_trainer.export.proof.rows import ProofRow
 from luthier_trainer.export.proof.thresholds import thresholds_of
 from luthier_trainer.export.source import Tuned
 from luthier_trainer.report import Reporter
@@ -52,6 +54,7 @@ def prove(
     EXPORT_UNSUPPORTED without what loads it, and as the trainer's own loading; StopRequested by `check`.
     """
     count = export.proof_rows if export.HasField("proof_rows") else ROWS
+    limits = thresholds_of(export)
     progress = _Progress(reporter, 2 * min(count, dataset.rows or count))
     reference = ask(tuned, dataset, count, _tokenization(tuned), progress.step, check)
     progress.total = 2 * len(reference.rows)
@@ -59,12 +62,14 @@ def prove(
         with _loaded(tuned, exported, export, reference, cache, check) as (loader, artefact):
             checks = _words(reference, artefact, export)
             found: list[Judged] = []
-            answers: list[Continuation] = []
-            for row, standing in zip(reference.rows, reference.standings, strict=True):
+            answers: list[Judged] = []
+            for row, standing, answer in zip(*reference.by_row, strict=True):
                 check()
                 found.append(judged(artefact.logits(row.ids[:-1], row.positions), row.targets, standing))
-                answers.append(continuation(artefact, row.prompt_ids, artefact.ends, check))
+                if limits.greedy is not None:
+                    answers.append(_reads(artefact, row, answer))
                 progress.step()
+            ends = artefact.ends
             del artefact
     except NotLoaded as error:
         raise TrainingError(
@@ -73,7 +78,7 @@ def prove(
             "This is a fault of the export and not of the model; nothing of it was kept.",
         ) from error
     gc.collect()
-    checks += compare.numbers(reference, found, answers, thresholds_of(export))
+    checks += compare.numbers(reference, found, answers, ends, limits)
     return ExportProof(
         loader=loader.name,
         loader_version=loader.version,
@@ -83,6 +88,14 @@ def prove(
         tokens=reference.tokens,
         dataset_id=dataset.id,
     )
+
+
+def _reads(artefact: Artefact, row: ProofRow, answer: Continuation) -> Judged:
+    """What the export thinks of the tuned model's answer."""
+    ids = [*row.prompt_ids, *answer.ids]
+    places = range(len(row.prompt_ids) - 1, len(ids) - 1)
+    logits = artefact.logits(ids[:-1], places) if places else np.zeros((0, 1), np.float32)
+    return judged(logits, answer.ids, answer.standing)
 
 
 class _Progress:

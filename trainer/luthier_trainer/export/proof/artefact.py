@@ -14,16 +14,10 @@ Ints = npt.NDArray[np.int32]
 
 
 class Computes(Protocol):
-    """A model that computes. Ids are its own tokens'; logits are of its whole vocabulary."""
+    """A model that computes."""
 
     def logits(self, ids: Sequence[int], positions: Sequence[int]) -> Floats:
-        """[positions, vocabulary]: what follows each of these positions of a text, in ascending order."""
-
-    def begin(self, ids: Sequence[int]) -> Floats:
-        """[vocabulary]: what follows a text, which is remembered; what came before is forgotten."""
-
-    def go_on(self, token: int) -> Floats:
-        """[vocabulary]: what follows after one token more."""
+        """[positions, vocabulary]: of what follows each of these positions of a text, which ascend."""
 
 
 class Artefact(Computes, Protocol):

@@ -3,6 +3,9 @@
 Rounding may choose another of two tokens that the tuned model holds for nearly as likely, and a greedy answer then goes
 another way. An export is blamed for such a choice only where the tuned model sets its own choice apart from the
 export's by more than its type's `tie`: a nearer one counts as the same, and an answer is compared up to there.
+
+An export need not write an answer to be compared: it reads the tuned model's. It would write the same if and only if
+its own likeliest token is, at each place of it, the one that is there.
 """
 
 import math
@@ -73,16 +76,20 @@ def stop_tokens(reference: Reference, artefact: Artefact) -> ProofCheck:
 
 
 def numbers(
-    reference: Reference, found: Sequence[Judged], answers: Sequence[Continuation], thresholds: Thresholds
+    reference: Reference,
+    found: Sequence[Judged],
+    answers: Sequence[Judged],
+    ends: frozenset[int],
+    thresholds: Thresholds,
 ) -> list[ProofCheck]:
     """TOP1_AGREEMENT, LOGPROB_DIFFERENCE, PERPLEXITY_RATIO and GREEDY_TEXT, as far as the type is judged by them.
-    found, answers: the export's, row by row."""
+    found, answers: what the export thinks of the rows and of the tuned model's answers; ends: at which it stops."""
     checks = [_top1(reference, found, thresholds)]
     if thresholds.logprob is not None:
         checks.append(_logprob(reference, found, thresholds.logprob))
     checks.append(_perplexity(reference, found, thresholds.perplexity))
     if thresholds.greedy is not None:
-        checks.append(_greedy(reference, answers, thresholds.greedy, thresholds.tie))
+        checks.append(_greedy(reference, answers, ends, thresholds.greedy, thresholds.tie))
     return checks
 
 
@@ -153,22 +160,25 @@ def _perplexity(reference: Reference, found: Sequence[Judged], limit: float) -> 
     )
 
 
-def _greedy(reference: Reference, answers: Sequence[Continuation], limit: float, tie: float) -> ProofCheck:
+def _greedy(
+    reference: Reference, found: Sequence[Judged], ends: frozenset[int], limit: float, tie: float
+) -> ProofCheck:
     equal, message = 0, ""
-    for row, expected, answer in zip(reference.rows, reference.continuations, answers, strict=True):
-        said = _other_answer(reference, expected, answer, tie)
+    for row, expected, judged in zip(reference.rows, reference.continuations, found, strict=True):
+        said = _other_answer(reference, expected, judged, ends, tie)
         equal += not said
         if said and not message:
             message = f"line {row.line}: {said}"
-    check = _share("GREEDY_TEXT", equal, len(reference.rows), message or f"{equal} answers are the same")
-    check.limit = limit
-    check.passed = check.value >= limit
-    return check
+    value = equal / len(reference.rows)
+    message = message or f"{equal} answers are the same"
+    return ProofCheck(name="GREEDY_TEXT", passed=value >= limit, value=value, limit=limit, message=message)
 
 
-def _other_answer(reference: Reference, expected: Continuation, answer: Continuation, tie: float) -> str:
+def _other_answer(
+    reference: Reference, expected: Continuation, judged: Judged, ends: frozenset[int], tie: float
+) -> str:
     """How an answer differs; empty where it does not, or goes another way at a tie."""
-    for place, (own, other) in enumerate(zip(expected.ids, answer.ids, strict=False)):
+    for place, (own, other) in enumerate(zip(expected.ids, judged.best.tolist(), strict=True)):
         if own != other:
             if _apart(expected.standing, place, other) <= tie:
                 return ""
@@ -176,9 +186,10 @@ def _other_answer(reference: Reference, expected: Continuation, answer: Continua
                 f"token {place} of the answer is {reference.name_of(own)!r} ({own}), "
                 f"in the export {reference.name_of(other)!r} ({other})"
             )
-    if len(expected.ids) != len(answer.ids):
-        longer, end = ("tuned model", answer) if len(expected.ids) > len(answer.ids) else ("export", expected)
-        return f"after {reference.name_of(end.ids[-1])!r} the {longer} goes on, where the other stops"
+        if own in ends and place + 1 < len(expected.ids):
+            return f"the export stops at {reference.name_of(own)!r}, where the tuned model goes on"
+    if expected.stopped and expected.ids[-1] not in ends:
+        return f"the export goes on after {reference.name_of(expected.ids[-1])!r}, where the tuned model stops"
     return ""
 
 

@@ -1,17 +1,17 @@
 """Small numbers out of logits: what is kept of a model once it is gone."""
 
-from collections.abc import Callable, Sequence
+from collections.abc import Sequence
 from dataclasses import dataclass
 
 import numpy as np
 
-from luthier_trainer.export.proof.artefact import Computes, Floats, Ints
+from luthier_trainer.export.proof.artefact import Floats, Ints
 
 CANDIDATES = 8
 """How many of the likeliest tokens are kept at each position."""
 
 MOST_NEW_TOKENS = 32
-"""Length of a greedy continuation."""
+"""Length of a greedy answer."""
 
 
 @dataclass(frozen=True)
@@ -24,6 +24,10 @@ class Standing:
     ids: Ints
     logprobs: Floats
     spread: Floats
+
+    def upto(self, count: int) -> "Standing":
+        """The first positions."""
+        return Standing(self.target[:count], self.ids[:count], self.logprobs[:count], self.spread[:count])
 
 
 @dataclass(frozen=True)
@@ -78,28 +82,6 @@ def judged(logits: Floats, targets: Sequence[int], reference: Standing) -> Judge
         target[row], best[row] = _of(found, np.array([token]))[0], found.argmax()
         at[row] = _of(found, reference.ids[row])
     return Judged(target, best, at)
-
-
-def continuation(
-    model: Computes, prompt: Sequence[int], ends: frozenset[int], check: Callable[[], None]
-) -> Continuation:
-    """The greedy answer to a prompt of at least one token, up to MOST_NEW_TOKENS."""
-    tokens: list[int] = []
-    thoughts: list[Standing] = []
-    logits = model.begin(prompt)
-    while True:
-        check()
-        token = int(logits.argmax())
-        tokens.append(token)
-        thoughts.append(standing([logits], [token]))
-        if token in ends or len(tokens) == MOST_NEW_TOKENS:
-            break
-        logits = model.go_on(token)
-    joined = Standing(*(np.concatenate([getattr(each, name) for each in thoughts]) for name in _FIELDS))
-    return Continuation(tuple(tokens), tokens[-1] in ends, joined)
-
-
-_FIELDS = ("target", "ids", "logprobs", "spread")
 
 
 def _best(logprobs: Floats) -> Ints:

@@ -1,9 +1,10 @@
 """What the tuned model itself says, computed as training computed it and from nothing that an export wrote."""
 
 import gc
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 
+import numpy as np
 import torch
 
 from luthier.trainer.v1.task_pb2 import BaseModelSource, DatasetSource
@@ -11,8 +12,9 @@ from luthier.v1 import tokenization_pb2
 from luthier_trainer.config import LoraSettings
 from luthier_trainer.data.masks.masking import Masking
 from luthier_trainer.data.masks.template import Template, template_of
+from luthier_trainer.export.proof.greedy import greedy
 from luthier_trainer.export.proof.loaders.computing import Computing, generation_ends
-from luthier_trainer.export.proof.measure import MOST_NEW_TOKENS, Continuation, Standing, continuation, standing
+from luthier_trainer.export.proof.measure import MOST_NEW_TOKENS, Continuation, Standing, standing
 from luthier_trainer.export.proof.rows import MOST_TOKENS, ProofRow, read_rows
 from luthier_trainer.export.proof.texts import HARD_TEXTS
 from luthier_trainer.export.source import Tuned
@@ -37,6 +39,11 @@ class Reference:
     ends: frozenset[int]
     longest: int
     name_of: Callable[[int], str]
+
+    @property
+    def by_row(self) -> tuple[tuple[ProofRow, ...], tuple[Standing, ...], tuple[Continuation, ...]]:
+        """What there is of each row."""
+        return self.rows, self.standings, self.continuations
 
     @property
     def taught(self) -> frozenset[int]:
@@ -79,11 +86,12 @@ def ask(
     eos = tokenizer.eos_token_id
     ends = generation_ends(base) | (frozenset() if eos is None else {int(eos)})
     ends |= frozenset().union(*(row.taught for row in rows))
+    answers = greedy(base, [row.prompt_ids for row in rows], ends, check)
     standings, continuations = [], []
-    for row in rows:
+    for row, answer in zip(rows, answers, strict=True):
         check()
         standings.append(standing(model.logits(row.ids[:-1], row.positions), row.targets))
-        continuations.append(continuation(model, row.prompt_ids, ends, check))
+        continuations.append(_thought(model, row.prompt_ids, answer, ends))
         progress()
     del model, base
     gc.collect()  # wrapped modules are cycles
@@ -104,3 +112,14 @@ def ask(
         longest=longest,
         name_of=lambda token: str(tokenizer.convert_ids_to_tokens(token)),
     )
+
+
+def _thought(model: Computing, prompt: Sequence[int], answer: Sequence[int], ends: frozenset[int]) -> Continuation:
+    """What the model thinks of its own answer, read in one piece. Answers are written side by side, padded, and with a
+    cache, whose rounding may choose another of two equal tokens: an answer ends before the first that is not the
+    likeliest."""
+    ids = [*prompt, *answer]
+    found = standing(model.logits(ids[:-1], range(len(prompt) - 1, len(ids) - 1)), answer)
+    differ = np.flatnonzero(found.ids[:, 0] != np.array(answer))
+    kept = int(differ[0]) if len(differ) else len(answer)
+    return Continuation(tuple(answer[:kept]), kept == len(answer) and answer[-1] in ends, found.upto(kept))

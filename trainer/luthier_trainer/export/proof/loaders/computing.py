@@ -3,7 +3,6 @@
 import inspect
 from collections.abc import Sequence
 from pathlib import Path
-from typing import Any
 
 import numpy as np
 import torch
@@ -22,7 +21,6 @@ class Computing:
         self._called.train(False)
         self._device = model.device
         self._keeps = "logits_to_keep" in inspect.signature(model.forward).parameters
-        self._cache: Any = None
 
     @torch.no_grad()
     def logits(self, ids: Sequence[int], positions: Sequence[int]) -> Floats:
@@ -31,23 +29,6 @@ class Computing:
         given = {"logits_to_keep": wanted} if self._keeps else {}
         found = self._called(input_ids=self._tensor(ids), use_cache=False, **given).logits[0]
         return _floats(found if self._keeps else found[wanted])
-
-    @torch.no_grad()
-    def begin(self, ids: Sequence[int]) -> Floats:
-        """[vocabulary] after a text."""
-        self._cache = None
-        return self._step(ids)
-
-    @torch.no_grad()
-    def go_on(self, token: int) -> Floats:
-        """[vocabulary] after one token more."""
-        return self._step([token])
-
-    def _step(self, ids: Sequence[int]) -> Floats:
-        given = {"logits_to_keep": 1} if self._keeps else {}
-        out = self._called(input_ids=self._tensor(ids), past_key_values=self._cache, use_cache=True, **given)
-        self._cache = out.past_key_values
-        return _floats(out.logits[0, -1])
 
     def _tensor(self, ids: Sequence[int]) -> torch.Tensor:
         return torch.tensor([list(ids)], device=self._device)

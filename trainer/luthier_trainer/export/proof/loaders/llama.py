@@ -268,19 +268,6 @@ class _Gguf:
                 row += 1
         return found
 
-    def begin(self, ids: Sequence[int]) -> Floats:
-        """[vocabulary] after a text."""
-        self._forget()
-        for start in range(0, len(ids), _BATCH):
-            part = ids[start : start + _BATCH]
-            self._decode(part, [len(part) - 1])
-        return self._at((len(ids) - 1) % _BATCH)
-
-    def go_on(self, token: int) -> Floats:
-        """[vocabulary] after one token more."""
-        self._decode([token], [0])
-        return self._at(0)
-
     def _forget(self) -> None:
         self._library.llama_memory_clear(self._library.llama_get_memory(self._context), True)
         self._length = 0
