@@ -18,10 +18,13 @@ from luthier.trainer.attempt import replace_file, socket_path
 from luthier.trainer.v1.task_pb2 import Puppet
 from luthier.v1 import datasets_pb2, fine_tuning_pb2, models_pb2
 from luthier_server import __version__, backup, doctor, failpoints, logs, settings
+from luthier_server.aliases import Aliases
 from luthier_server.attempts import Attempts
+from luthier_server.cards import Cards
 from luthier_server.checks import Checks
 from luthier_server.data_work import DataWork, WorkLimits
 from luthier_server.datasets import Datasets
+from luthier_server.deletions import Deletions
 from luthier_server.derivations import Derivations
 from luthier_server.errors import LuthierError
 from luthier_server.estimates import Estimates, EstimateSettings
@@ -29,7 +32,7 @@ from luthier_server.executors.local import LocalExecutor, LocalSettings
 from luthier_server.fitting import Fitting, FittingSettings
 from luthier_server.grpc.certificate import Certificate, CertificateError
 from luthier_server.grpc.datasets import DatasetService
-from luthier_server.grpc.models import ModelService
+from luthier_server.grpc.models import ModelParts, ModelService
 from luthier_server.grpc.serve import AddressError, GrpcServer
 from luthier_server.grpc.service import FineTuning
 from luthier_server.grpc.tokens import TokenFileError, Tokens
@@ -38,8 +41,10 @@ from luthier_server.hub import Hub
 from luthier_server.ids import Ids
 from luthier_server.imports import Allowed, Imports
 from luthier_server.jobs import Jobs, microseconds
+from luthier_server.lineage import Lineages
 from luthier_server.pages import Pages
 from luthier_server.references import References
+from luthier_server.registrations import Registrations
 from luthier_server.registry import Registry
 from luthier_server.runner import Limits
 from luthier_server.scheduler import Scheduler, SchedulerSettings
@@ -124,6 +129,8 @@ class Daemon:
         uploads.prepare()
         datasets = Datasets(database, data_dir / "blobs", uploads, workers, Ids(last_ids[1]), clock=microseconds)
         secrets = Secrets(chosen.secrets_dir)
+        model_ids = Ids(last_ids[2])
+        self.deletions = Deletions(database, data_dir / "models")
         references = References(database, data_dir / "models", data_dir / "jobs")
         registry = Registry(database, data_dir / "models", workers, chosen.model_root)
         self.executor = LocalExecutor(
@@ -188,7 +195,7 @@ class Daemon:
                 device_memory_bytes=chosen.device_memory_bytes,
             ),
             self.jobs,
-            Attempts(database, self.hub, self.jobs, Ids(last_ids[2]), retry_seconds=chosen.retry_seconds),
+            Attempts(database, self.hub, self.jobs, model_ids, retry_seconds=chosen.retry_seconds),
             datasets,
             registry,
             self.executor,
@@ -232,7 +239,17 @@ class Daemon:
                     self.jobs, estimates, watch, history_id
                 ),
                 datasets_pb2.DESCRIPTOR.services_by_name["Datasets"]: dataset_service,
-                models_pb2.DESCRIPTOR.services_by_name["Models"]: ModelService(registry, references),
+                models_pb2.DESCRIPTOR.services_by_name["Models"]: ModelService(
+                    ModelParts(
+                        registry,
+                        references,
+                        Registrations(database, references, data_dir / "models", model_ids, clock=microseconds),
+                        Aliases(database, clock=microseconds),
+                        self.deletions,
+                        Lineages(database, references),
+                        Cards(database),
+                    )
+                ),
             },
             tokens=Tokens(chosen.token_file) if chosen.token_file else None,
             certificate=Certificate(chosen.tls_cert, chosen.tls_key) if chosen.tls_cert and chosen.tls_key else None,
@@ -269,6 +286,7 @@ async def _run(chosen: Settings) -> int:
         await daemon.executor.prepare()
         await daemon.data_work.prepare()
         await daemon.scheduler.recover(await JobRows(daemon.database).open_attempts())
+        await daemon.deletions.sweep()
         await failpoints.reach("before_serving")
         port = await daemon.server.start(chosen.listen)
         host = chosen.listen.rpartition(":")[0]

@@ -80,7 +80,13 @@ def _details(error: errors.LuthierError) -> list[Message]:
         found.append(error_details_pb2.ResourceInfo(resource_type=error.kind, resource_name=error.name[:200]))
     if isinstance(error, errors.FailedPrecondition):
         failure = error_details_pb2.PreconditionFailure()
-        failure.violations.add(type=error.reason, subject=error.subject, description=error.message[:_TEXT])
+        for obstacle in error.obstacles:
+            met = failure.violations.add(
+                type=obstacle.kind, subject=obstacle.subject[:200], description=obstacle.description[:_TEXT]
+            )
+            if failure.ByteSize() > 3500:
+                failure.violations.remove(met)
+                break
         found.append(failure)
     if isinstance(error, errors.Exhausted):
         quota = error_details_pb2.QuotaFailure()
