@@ -115,8 +115,7 @@ def write_files(
         write_merged(tuned, export.merged, folder, progress, check)
     elif kind == "gguf":
         gguf = _part("gguf")
-        gguf.require(tuned, export.gguf)
-        gguf.write(tuned, export.gguf, folder, progress, check)
+        gguf.write(tuned, export.gguf, folder, progress, check, llama_cpp_dir)
     else:
         raise TrainingError("EXPORT_UNSUPPORTED", "The export has no format.", "Ask for adapter, merged or gguf.")
 
