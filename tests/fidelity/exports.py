@@ -72,6 +72,7 @@ def logits(model: nn.Module) -> torch.Tensor:
 
 def loaded_logits(folder: Path) -> torch.Tensor:
     """The answer of a model that transformers loads, of which no weight may be missing or left over."""
-    model, told = AutoModelForCausalLM.from_pretrained(folder, dtype=torch.float32, output_loading_info=True)
+    loaded: Any = AutoModelForCausalLM.from_pretrained(folder, dtype=torch.float32, output_loading_info=True)
+    model, told = loaded
     assert not any(told.values()), told
     return logits(model)

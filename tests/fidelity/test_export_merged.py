@@ -23,7 +23,6 @@ from luthier_trainer.export.source import Tuned, read_tuned
 from luthier_trainer.job import Job
 from luthier_trainer.stop import never
 
-TINY = {"rtol": 0.0, "atol": 1e-4}
 KINDS: list[tuple[bool, dict[str, Any]]] = [
     (False, {"use_dora": True, "use_rslora": True}),
     (True, {}),
@@ -32,11 +31,15 @@ KINDS: list[tuple[bool, dict[str, Any]]] = [
 """(whether head and embeddings are one weight, what adapts)"""
 
 
+def same(found: torch.Tensor, expected: torch.Tensor) -> None:
+    torch.testing.assert_close(found, expected, rtol=0.0, atol=1e-4)
+
+
 def tensors(folder: Path) -> set[str]:
     """The names in a model's files."""
     found: set[str] = set()
     for file in folder.glob("model*.safetensors"):
-        with safe_open(file, "pt") as opened:  # type: ignore[no-untyped-call]
+        with safe_open(file, "pt") as opened:
             found |= set(opened.keys())
     return found
 
@@ -53,7 +56,7 @@ def test_every_family_computes_merged_what_it_computes_with_its_adapter(which: F
         kind = {}  # PEFT has no DoRA on experts
     source = tuned(tmp_path, which.model(torch.float32, tie_word_embeddings=tied), **kind)
     out = merged(source, tmp_path / "out")
-    torch.testing.assert_close(loaded_logits(out), peft_logits(source), **TINY)
+    same(loaded_logits(out), peft_logits(source))
     assert tensors(source.base) <= tensors(out)  # under the names that others know
 
 
@@ -75,7 +78,7 @@ def test_head_and_embeddings_are_two_once_one_of_them_was_trained(
 ) -> None:
     source = tuned(tmp_path, family("llama").model(torch.float32, tie_word_embeddings=tied), **kind)
     out = merged(source, tmp_path / "out")
-    torch.testing.assert_close(loaded_logits(out), peft_logits(source), **TINY)
+    same(loaded_logits(out), peft_logits(source))
     assert {"lm_head.weight", "model.embed_tokens.weight"} <= tensors(out)
     assert json.loads((out / "config.json").read_text())["tie_word_embeddings"] is False
 
@@ -98,7 +101,7 @@ def test_tied_weights_are_read_as_transformers_reads_them(held: str, tmp_path: P
         del state["model.embed_tokens.weight"]
     save_file(state, source.base / "model.safetensors", metadata={"format": "pt"})
     out = merged(source, tmp_path / "out")
-    torch.testing.assert_close(loaded_logits(out), peft_logits(source), **TINY)
+    same(loaded_logits(out), peft_logits(source))
     assert json.loads((out / "config.json").read_text())["tie_word_embeddings"] is (held != "both, different")
 
 
@@ -112,11 +115,7 @@ def test_ranks_and_scales_of_their_own_and_trained_biases_are_merged(tmp_path: P
         if name.endswith("q_proj.lora_A.weight"):
             state[name.replace("lora_A.weight", "base_layer.bias")] = torch.full((32,), 0.3)
     save_file(state, source.directory / "adapter_model.safetensors", metadata={"format": "pt"})
-    torch.testing.assert_close(
-        loaded_logits(merged(source, tmp_path / "out")),
-        peft_logits(source),
-        **TINY,
-    )
+    same(loaded_logits(merged(source, tmp_path / "out")), peft_logits(source))
 
 
 def export_of(job: TrainerTask, directory: Path) -> Tuned:
@@ -141,12 +140,12 @@ def test_a_model_and_a_checkpoint_give_the_trainers_logits(full: bool, tmp_path:
     stopped = sft.train(made, recorder, StopAfter(recorder, 3))
     checkpoint = tmp_path / "checkpoints" / stopped.checkpoint  # type: ignore[union-attr]
     out = merged(export_of(made, checkpoint), tmp_path / "early")
-    torch.testing.assert_close(loaded_logits(out), trainers_logits(jobs[0]), **TINY)
+    same(loaded_logits(out), trainers_logits(jobs[0]))
     sft.train(made, Recorder(), NoControl())
     source = export_of(made, tmp_path / "model")
     assert (source.adapter is None) == full
     out = merged(source, tmp_path / "late")
-    torch.testing.assert_close(loaded_logits(out), trainers_logits(jobs[1]), **TINY)
+    same(loaded_logits(out), trainers_logits(jobs[1]))
     assert (out / "tokenizer.json").read_bytes() == (tmp_path / "model" / "tokenizer.json").read_bytes()
 
 
@@ -158,7 +157,7 @@ def test_an_adapter_that_went_on_from_another_is_merged_once(tmp_path: Path, job
     more.base_model.adapter_dir = str(tmp_path / "first" / "model")
     sft.train(more, Recorder(), NoControl())
     out = merged(export_of(more, tmp_path / "second" / "model"), tmp_path / "out")
-    torch.testing.assert_close(loaded_logits(out), trainers_logits(jobs[1]), **TINY)
+    same(loaded_logits(out), trainers_logits(jobs[1]))
 
 
 def test_an_exported_adapter_gives_exactly_the_logits_of_the_tuned_one(tmp_path: Path) -> None:

@@ -6,6 +6,7 @@ from dataclasses import dataclass
 
 import numpy as np
 import torch
+from transformers import PreTrainedTokenizerBase
 
 from luthier.trainer.v1.task_pb2 import BaseModelSource, DatasetSource
 from luthier.v1 import tokenization_pb2
@@ -29,7 +30,8 @@ _CONTINUED = LoraSettings(rank=0, alpha=0.0, dropout=0.0, target_modules=(), mod
 class Reference:
     """The tuned model's answers. standings, continuations: of each row, of its scored positions and to its prompt;
     hard: the tokens of HARD_TEXTS, without and with what the tokenizer adds; ends: at which its answers end; taught:
-    the tokens that its training rows end a turn with; longest: tokens that it takes."""
+    the tokens that its training rows end a turn with; longest: tokens that it takes; name_of: a
+    token's text, for people."""
 
     rows: tuple[ProofRow, ...]
     standings: tuple[Standing, ...]
@@ -110,7 +112,7 @@ def ask(
         template=template,
         ends=ends,
         longest=longest,
-        name_of=lambda token: str(tokenizer.convert_ids_to_tokens(token)),
+        name_of=lambda token: _name(tokenizer, token),
     )
 
 
@@ -123,3 +125,9 @@ def _thought(model: Computing, prompt: Sequence[int], answer: Sequence[int], end
     differ = np.flatnonzero(found.ids[:, 0] != np.array(answer))
     kept = int(differ[0]) if len(differ) else len(answer)
     return Continuation(tuple(answer[:kept]), kept == len(answer) and answer[-1] in ends, found.upto(kept))
+
+
+def _name(tokenizer: PreTrainedTokenizerBase, token: int) -> str:
+    """A token for people: its text, or where that is part of a character, what the vocabulary calls it."""
+    text = str(tokenizer.decode([token]))
+    return text if text and "\ufffd" not in text else str(tokenizer.convert_ids_to_tokens(token))
