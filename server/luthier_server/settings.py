@@ -61,6 +61,7 @@ class Settings:
         (), "bucket that datasets may be imported from, such as s3://data/train; may be repeated", metavar="URL"
     )
     import_root: tuple[Path, ...] = _option(tuple, "folder that datasets may be imported from; may be repeated")
+    export_root: tuple[Path, ...] = _option(tuple, "folder that exports may be copied into; may be repeated")
     max_watchers: int = _option(20_000, "watches that may be open", metavar="N")
     heartbeat_seconds: float = _option(15.0, "idle time after which a watch carries a heartbeat", metavar="S")
     slow_consumer_seconds: float = _option(30.0, "time after which a watcher that does not read is let go", metavar="S")
