@@ -7,6 +7,7 @@ from pathlib import Path
 
 from luthier.trainer.v1.task_pb2 import ExportWork, Puppet, TrainerTask
 from luthier.v1.export_task_pb2 import ExportTask
+from luthier_server import destinations
 from luthier_server.card import Form
 from luthier_server.cards import Cards
 from luthier_server.datasets import Datasets
@@ -125,10 +126,10 @@ class Assignments:
                 card=await self._cards.write(job.tenant, source.found, _card_form(spec)),
                 proof_dataset=dataset_source(self._datasets, proof),
                 llama_cpp_dir=str(llama_cpp.resolve()) if llama_cpp is not None else "",
-                destination_roots=[str(each.resolve()) for each in roots],
+                destination_roots=[str(each.absolute()) for each in roots],
             )
         )
-        secrets = self._secrets.for_export(spec)
+        secrets = destinations.credentials(spec.destination, self._secrets)
         if task.base_model.is_hub and source.hub_token_secret:
             with contextlib.suppress(NotFound):  # the base may be here already
                 secrets["HF_TOKEN"] = self._secrets.value(source.hub_token_secret)

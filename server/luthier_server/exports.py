@@ -9,9 +9,9 @@ from pathlib import Path
 
 from luthier.v1.export_task_pb2 import ExportTask, GgufType, WeightType
 from luthier.v1.job_pb2 import JobSpec
+from luthier_server import destinations
 from luthier_server import spec as specs
 from luthier_server.datasets import Datasets
-from luthier_server.destinations import destination_violations
 from luthier_server.errors import InvalidArgument, NotFound, Obstacle, Violation
 from luthier_server.export_sources import ExportSource, ExportSources
 from luthier_server.job import QUEUED, Job
@@ -123,13 +123,12 @@ class Exports:
         else:
             refusals += _format_refusals(task, source)
         proof = await self._proof_dataset(tenant, task, source, refusals)
-        if task.HasField("destination"):
-            path = "export.destination"
-            refusals += map(_Refusal, destination_violations(task.destination, self._roots, path))
-            try:
-                self._secrets.for_export(task)
-            except NotFound as error:
-                refusals.append(_Refusal(Violation(f"{path}.credentials_secret", error.message), error.reason))
+        refusals += map(_Refusal, destinations.check(task.destination, self._roots))
+        try:
+            destinations.credentials(task.destination, self._secrets)
+        except NotFound as error:
+            path = "export.destination.credentials_secret"
+            refusals.append(_Refusal(Violation(path, error.message), error.reason))
         if source is None or refusals:
             first = refusals[0]
             more = f" (and {len(refusals) - 1} more)" if len(refusals) > 1 else ""
