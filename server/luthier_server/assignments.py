@@ -6,6 +6,10 @@ from dataclasses import dataclass
 from pathlib import Path
 
 from luthier.trainer.v1.task_pb2 import ExportWork, Puppet, TrainerTask
+from luthier.v1.export_task_pb2 import ExportTask
+from luthier_server import destinations
+from luthier_server.card import Form
+from luthier_server.cards import Cards
 from luthier_server.datasets import Datasets
 from luthier_server.errors import NotFound
 from luthier_server.export_sources import ExportSources
@@ -46,6 +50,7 @@ class Assignments:
         registry: Registry,
         exports: Exports,
         sources: ExportSources,
+        cards: Cards,
         secrets: Secrets,
     ) -> None:
         self._settings = settings
@@ -54,6 +59,7 @@ class Assignments:
         self._registry = registry
         self._exports = exports
         self._sources = sources
+        self._cards = cards
         self._secrets = secrets
 
     def devices(self, lane: Lane, slot: int) -> Sequence[int]:
@@ -106,7 +112,7 @@ class Assignments:
         spec = job.resolved_spec.export
         linked = self._jobs.source_dir(job.id)
         source = await self._sources.find(job.tenant, spec.model, linked)
-        if source.checkpoint is not None:  # the link is gone, as after a restore
+        if source.checkpoint is not None and not linked.is_dir():  # as after a restore
             await self._jobs.link(source.checkpoint, linked)
         proof = await self._datasets.find(job.tenant, spec.proof_dataset)
         llama_cpp, roots = self._settings.llama_cpp_dir, self._settings.export_roots
@@ -117,13 +123,21 @@ class Assignments:
                 model_id=source.name,
                 output_dir=str(self._exports.directory(attempt.export_id).resolve()),
                 export_id=attempt.export_id,
+                card=await self._cards.write(job.tenant, source.found, _card_form(spec)),
                 proof_dataset=dataset_source(self._datasets, proof),
                 llama_cpp_dir=str(llama_cpp.resolve()) if llama_cpp is not None else "",
-                destination_roots=[str(each.resolve()) for each in roots],
+                destination_roots=[str(each.absolute()) for each in roots],
             )
         )
-        secrets = self._secrets.for_export(spec)
+        secrets = destinations.credentials(spec.destination, self._secrets)
         if task.base_model.is_hub and source.hub_token_secret:
             with contextlib.suppress(NotFound):  # the base may be here already
                 secrets["HF_TOKEN"] = self._secrets.value(source.hub_token_secret)
         return secrets
+
+
+def _card_form(task: ExportTask) -> Form:
+    """What will lie beside the card."""
+    if task.HasField("gguf"):
+        return Form.GGUF
+    return Form.ADAPTER if task.HasField("adapter") else Form.WHOLE

@@ -30,8 +30,10 @@ from luthier_server.job import (
 )
 from luthier_server.jobs import Jobs, microseconds
 from luthier_server.lanes import Lane
+from luthier_server.made import made_by
 from luthier_server.store import exports as export_rows
 from luthier_server.store import jobs as rows
+from luthier_server.store import model_names as name_rows
 from luthier_server.store import models as model_rows
 from luthier_server.store.database import Database, Transaction
 from luthier_server.store.jobs import Attempt, Checkpoint
@@ -235,32 +237,34 @@ class Attempts:
         self, transaction: Transaction, change: Change, attempt: Attempt, outcome: TrainerReport
     ) -> None:
         job = change.job
-        task = job.resolved_spec.fine_tune
-        stem = task.base_model.rstrip("/").rpartition("/")[2]
-        await model_rows.insert(
-            transaction,
-            model_rows.Model(
-                id=attempt.model_id,
-                tenant=job.tenant,
-                name=f"{stem}-{task.suffix or job.spec.display_name or 'tuned'}",
-                job_id=job.id,
-                base_model=task.base_model,
-                adaptation=task.WhichOneof("adaptation") or "lora",
-                step=outcome.finished.step,
-                size_bytes=outcome.finished.size_bytes,
-                metrics=dict(outcome.finished.metrics),
-                create_time=change.now,
-                training_dataset=task.training_dataset,
-                validation_dataset=task.validation_dataset,
-            ),
-        )
+        message = await self._keep_model(transaction, change, attempt, outcome.finished)
         if job.state == PREPARING:
             change.move(RUNNING, "TRAINING")
         progress = Progress()
         progress.CopyFrom(job.progress)
         progress.eta_seconds = 0  # training that stopped early has steps left
         change.set(progress=progress)
-        change.move(SUCCEEDED, "FINISHED", model_id=attempt.model_id)
+        change.move(SUCCEEDED, "FINISHED", message, model_id=attempt.model_id)
+
+    async def _keep_model(self, transaction: Transaction, change: Change, attempt: Attempt, finished: Finished) -> str:
+        """Adds the model, as the next version of the name that the job asks for; returns what there is to say of it."""
+        job = change.job
+        model = made_by(
+            job,
+            model_id=attempt.model_id,
+            step=finished.step,
+            size_bytes=finished.size_bytes,
+            metrics=dict(finished.metrics),
+            now=change.now,
+            base_licence=finished.base_licence,
+            base_model_revision=finished.base_revision,
+        )
+        await model_rows.insert(transaction, model)
+        name = job.resolved_spec.fine_tune.model_name
+        if not name:
+            return ""
+        version = await name_rows.register(transaction, job.tenant, name, model.id, change.now)
+        return f"the model is {name}@{version.version}"
 
     async def _keep_export(
         self, transaction: Transaction, change: Change, attempt: Attempt, finished: Finished

@@ -19,7 +19,8 @@ class ExportSource:
 
     name: `model_...` or `job_...:step-200`. base_model, base_model_revision: what it was made from, as a spec names it.
     is_full: every weight is its own; else it is an adapter. datasets: `ds_...` that can prove an export, best first.
-    hub_token_secret: what its base was fetched with. checkpoint: what its job may prune; None for a model.
+    hub_token_secret: what its base was fetched with. checkpoint: what its job may prune; None for a model. found: the
+    same as the registry has it.
     """
 
     name: str
@@ -30,6 +31,7 @@ class ExportSource:
     datasets: tuple[str, ...]
     hub_token_secret: str
     checkpoint: Checkpoint | None
+    found: Found
 
 
 class ExportSources:
@@ -45,7 +47,8 @@ class ExportSources:
         pruned it. Raises NotFound."""
         if linked is not None and linked.is_dir():
             job = await self._jobs.get(tenant, reference.partition(":")[0])
-            found = Found(reference, linked, job.id, job.resolved_spec)
+            noted = await self._jobs.noted_checkpoint(tenant, reference)
+            found = Found(reference, linked, job.id, job.resolved_spec, checkpoint=noted)
         else:
             found = await self._references.find(tenant, reference)
         if not found.directory.is_dir():
@@ -65,6 +68,7 @@ class ExportSources:
             datasets=tuple(each for each in proofs if each),
             hub_token_secret=task.hub_token_secret,
             checkpoint=found.checkpoint,
+            found=found,
         )
 
     async def model_id(self, tenant: str, reference: str) -> str:

@@ -9,13 +9,14 @@ from pathlib import Path
 
 from luthier.v1.export_task_pb2 import ExportTask, GgufType, WeightType
 from luthier.v1.job_pb2 import JobSpec
+from luthier_server import destinations
 from luthier_server import spec as specs
 from luthier_server.datasets import Datasets
-from luthier_server.destinations import destination_violations
-from luthier_server.errors import InvalidArgument, NotFound, Violation
+from luthier_server.errors import InvalidArgument, NotFound, Obstacle, Violation
 from luthier_server.export_sources import ExportSource, ExportSources
 from luthier_server.job import QUEUED, Job
 from luthier_server.jobs import Jobs
+from luthier_server.lineage import EXPORT, Node
 from luthier_server.secrets import Secrets
 from luthier_server.store import exports as rows
 from luthier_server.store.database import Database, Transaction
@@ -86,6 +87,11 @@ class Exports:
         model_id = model if ":" in model or not model else (await self._sources.model_id(tenant, model))
         return await self._rows.page(tenant, below=below, limit=limit, model_id=model_id, id_prefix=id_prefix)
 
+    async def made_of(self, tenant: str, models: Sequence[str]) -> list[tuple[str, Node]]:
+        """The exports of these models and checkpoints as lineage: pairs of what each was made of and the export."""
+        found = await self._rows.of(tenant, models)
+        return [(each.model_id, Node(each.id, EXPORT, _form(each.task))) for each in found]
+
     async def delete(self, tenant: str, export_id: str) -> None:
         """Deletes an export and its files. Raises NotFound."""
 
@@ -117,13 +123,12 @@ class Exports:
         else:
             refusals += _format_refusals(task, source)
         proof = await self._proof_dataset(tenant, task, source, refusals)
-        if task.HasField("destination"):
-            path = "export.destination"
-            refusals += map(_Refusal, destination_violations(task.destination, self._roots, path))
-            try:
-                self._secrets.for_export(task)
-            except NotFound as error:
-                refusals.append(_Refusal(Violation(f"{path}.credentials_secret", error.message), error.reason))
+        refusals += map(_Refusal, destinations.check(task.destination, self._roots))
+        try:
+            destinations.credentials(task.destination, self._secrets)
+        except NotFound as error:
+            path = "export.destination.credentials_secret"
+            refusals.append(_Refusal(Violation(path, error.message), error.reason))
         if source is None or refusals:
             first = refusals[0]
             more = f" (and {len(refusals) - 1} more)" if len(refusals) > 1 else ""
@@ -171,6 +176,22 @@ class Exports:
         job's."""
         await self._jobs.link(checkpoint, self._jobs.source_dir(job.id))
         return []
+
+
+async def dependents(transaction: Transaction, tenant: str, model_id: str) -> list[Obstacle]:
+    """What keeps a model from being deleted: its exports are proven by it."""
+    found = await rows.of_model(transaction, tenant, model_id)
+    return [Obstacle("EXPORT", each, f"{each} was made of it: delete that one first") for each in found]
+
+
+def _form(task: ExportTask) -> str:
+    """What an export is, in a few words: `gguf q4_k_m`."""
+    if task.HasField("gguf"):
+        number = GgufType.Name(task.gguf.type).removeprefix("GGUF_TYPE_").lower()
+        return f"gguf {number}{' adapter' if task.gguf.adapter_only else ''}"
+    if task.HasField("merged"):
+        return f"merged {WeightType.Name(task.merged.weights).removeprefix('WEIGHT_TYPE_').lower()}"
+    return "adapter"
 
 
 def resolved(spec: JobSpec, model: str, proof_dataset: str) -> JobSpec:

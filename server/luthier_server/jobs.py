@@ -266,6 +266,12 @@ class Jobs:
         await self.get(tenant, job_id)
         return await self.resume_points(tenant, job_id)
 
+    async def noted_checkpoint(self, tenant: str, name: str) -> Checkpoint | None:
+        """What is known of the checkpoint `job_...:step-200`, also when it was pruned; None for nothing."""
+        job_id, _, step = name.partition(":step-")
+        known = await self._rows.checkpoints(tenant, job_id)
+        return next((each for each in known if str(each.step) == step), None)
+
     async def resume_points(self, tenant: str, job_id: str) -> list[Checkpoint]:
         """Where a job's next attempt may go on from, best first."""
         known = await self._rows.checkpoints(tenant, job_id)

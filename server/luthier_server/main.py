@@ -18,24 +18,27 @@ from luthier.trainer.attempt import replace_file, socket_path
 from luthier.trainer.v1.task_pb2 import Puppet
 from luthier.v1 import datasets_pb2, fine_tuning_pb2, models_pb2
 from luthier_server import __version__, backup, doctor, failpoints, logs, settings
+from luthier_server.aliases import Aliases
 from luthier_server.assignments import Assignments, AssignmentSettings
 from luthier_server.attempts import Attempts
+from luthier_server.cards import Cards
 from luthier_server.checks import Checks
 from luthier_server.data_work import DataWork, WorkLimits
 from luthier_server.datasets import Datasets
+from luthier_server.deletions import DEPENDENTS, Deletions
 from luthier_server.derivations import Derivations
 from luthier_server.errors import LuthierError
 from luthier_server.estimates import Estimates, EstimateSettings
 from luthier_server.executors.local import LocalExecutor, LocalSettings
 from luthier_server.export_sources import ExportSources
-from luthier_server.exports import Exports
+from luthier_server.exports import Exports, dependents
 from luthier_server.files import Files
 from luthier_server.fitting import Fitting, FittingSettings
 from luthier_server.grpc.certificate import Certificate, CertificateError
 from luthier_server.grpc.datasets import DatasetService
 from luthier_server.grpc.downloads import DownloadService
 from luthier_server.grpc.exports import ExportService
-from luthier_server.grpc.models import ModelService
+from luthier_server.grpc.models import ModelParts, ModelService
 from luthier_server.grpc.serve import AddressError, GrpcServer
 from luthier_server.grpc.service import FineTuning
 from luthier_server.grpc.tokens import TokenFileError, Tokens
@@ -45,8 +48,10 @@ from luthier_server.ids import Ids
 from luthier_server.imports import Allowed, Imports
 from luthier_server.jobs import Jobs, microseconds
 from luthier_server.lanes import Lane
+from luthier_server.lineage import Lineages
 from luthier_server.pages import Pages
 from luthier_server.references import References
+from luthier_server.registrations import Registrations
 from luthier_server.registry import Registry
 from luthier_server.runner import Limits
 from luthier_server.scheduler import Scheduler, SchedulerSettings
@@ -133,6 +138,8 @@ class Daemon:
         uploads.prepare()
         datasets = Datasets(database, data_dir / "blobs", uploads, workers, Ids(last_ids[1]), clock=microseconds)
         secrets = Secrets(chosen.secrets_dir)
+        model_ids = Ids(last_ids[2])
+        self.deletions = Deletions(database, data_dir / "models", (*DEPENDENTS, dependents))
         references = References(database, data_dir / "models", data_dir / "jobs")
         registry = Registry(database, data_dir / "models", workers, chosen.model_root)
         self.executor = LocalExecutor(
@@ -187,6 +194,7 @@ class Daemon:
         self.exports = Exports(
             database, self.jobs, sources, datasets, secrets, data_dir / "exports", chosen.export_root
         )
+        cards = Cards(database)
         assignments = Assignments(
             AssignmentSettings(
                 data_dir=data_dir,
@@ -204,13 +212,14 @@ class Daemon:
             registry,
             self.exports,
             sources,
+            cards,
             secrets,
         )
         attempts = Attempts(
             database,
             self.hub,
             self.jobs,
-            Ids(last_ids[2]),
+            model_ids,
             Ids(last_ids[3]),
             retry_seconds=chosen.retry_seconds,
         )
@@ -266,7 +275,17 @@ class Daemon:
                 ),
                 datasets_pb2.DESCRIPTOR.services_by_name["Datasets"]: (dataset_service,),
                 models_pb2.DESCRIPTOR.services_by_name["Models"]: (
-                    ModelService(registry, references),
+                    ModelService(
+                        ModelParts(
+                            registry,
+                            references,
+                            Registrations(database, references, data_dir / "models", model_ids, clock=microseconds),
+                            Aliases(database, clock=microseconds),
+                            self.deletions,
+                            Lineages(database, references, self.exports.made_of),
+                            cards,
+                        )
+                    ),
                     ExportService(self.exports, self.jobs, history_id),
                     DownloadService(references, self.exports, Files()),
                 ),
@@ -307,6 +326,7 @@ async def _run(chosen: Settings) -> int:
         await daemon.data_work.prepare()
         await daemon.scheduler.recover(await JobRows(daemon.database).open_attempts())
         await daemon.exports.sweep()
+        await daemon.deletions.sweep()
         await failpoints.reach("before_serving")
         port = await daemon.server.start(chosen.listen)
         host = chosen.listen.rpartition(":")[0]

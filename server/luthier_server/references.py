@@ -1,14 +1,13 @@
 """What a reference to a tuned model means: `model_...`, `name` (its newest version), `name@3`, `name@production`, or a
 checkpoint `job_...:step-200`. Every call that takes one asks here.
 
-A model id is 26 characters of Crockford's base 32, and a name is of lower-case letters, so none is the other but for ids
-of digits alone: names that begin as an id does are refused where they are given. Hub ids have no `@`, aliases begin with
-a letter, and versions with a digit.
+Names are of lower-case letters and ids of upper-case ones, but an id may be of digits alone: so names that begin as an
+id does are refused where they are given. Hub ids have no `@`, aliases begin with a letter, and versions with a digit.
 """
 
 import difflib
 import re
-from collections.abc import Iterator, Sequence
+from collections.abc import Sequence
 from dataclasses import dataclass
 from pathlib import Path
 
@@ -26,7 +25,6 @@ _NAMED = re.compile(
     r"(?P<name>[a-z0-9][a-z0-9._-]{0,62})(?:@(?:(?P<version>[1-9][0-9]{0,8})|(?P<alias>[a-z][a-z0-9._-]{0,62})))?",
     re.ASCII,
 )
-_ID_PREFIXES = ("model_", "job_", "ds_", "export_")
 _SHOWN = 10
 _FORMS = "a model is model_..., name, name@3, name@alias or a checkpoint job_...:step-200"
 
@@ -47,14 +45,6 @@ class Found:
 def is_model_id(text: str) -> bool:
     """Whether this has the form of a model's id."""
     return _MODEL_ID.fullmatch(text) is not None
-
-
-def name_violations(name: str, field: str) -> Iterator[Violation]:
-    """What keeps a text, which the contract's own rules let pass, from being the name of models."""
-    if name.startswith(_ID_PREFIXES):
-        yield Violation(field, f"begins as an id does ({', '.join(_ID_PREFIXES)}): choose another name")
-    elif ".." in name or name.endswith("."):
-        yield Violation(field, "has two dots in a row or one at its end, as no name has that becomes a file's")
 
 
 class References:

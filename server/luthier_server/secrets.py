@@ -4,7 +4,6 @@ import os
 from dataclasses import dataclass
 from pathlib import Path
 
-from luthier.v1.export_task_pb2 import ExportTask
 from luthier.v1.job_pb2 import FineTuneTask
 from luthier_server.errors import NotFound
 
@@ -28,8 +27,3 @@ class Secrets:
     def for_task(self, task: FineTuneTask) -> dict[str, str]:
         """The environment that a task's trainer gets."""
         return {"HF_TOKEN": self.value(task.hub_token_secret)} if task.hub_token_secret else {}
-
-    def for_export(self, task: ExportTask) -> dict[str, str]:
-        """The environment that an export's trainer gets, which reads what it is by its destination."""
-        name = task.destination.credentials_secret
-        return {"LUTHIER_EXPORT_CREDENTIALS": self.value(name)} if name else {}

@@ -62,7 +62,7 @@ class Settings:
         (), "bucket that datasets may be imported from, such as s3://data/train; may be repeated", metavar="URL"
     )
     import_root: tuple[Path, ...] = _option(tuple, "folder that datasets may be imported from; may be repeated")
-    export_root: tuple[Path, ...] = _option(tuple, "folder that exports may be copied to; may be repeated")
+    export_root: tuple[Path, ...] = _option(tuple, "folder that exports may be copied into; may be repeated")
     llama_cpp_dir: Path | None = _option(
         None, "folder of a llama.cpp whose converter writes the GGUF files of models that Luthier's own does not know"
     )

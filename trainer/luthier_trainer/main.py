@@ -112,8 +112,10 @@ def _train(
             reporter.report(event_pb2.LogEmitted(level=event_pb2.LOG_LEVEL_WARNING, message=damaged))
         with Heartbeat(reporter, task.heartbeat_seconds or _HEARTBEAT_SECONDS):
             is_export = task.spec.WhichOneof("task") == "export"
+            if task.HasField("puppet") and is_export:
+                return puppet_export.perform(task, reporter, control)
             if task.HasField("puppet"):
-                return (puppet_export if is_export else puppet).perform(task, reporter, control)
+                return puppet.perform(task, reporter, control)
             if is_export:
                 from luthier_trainer.export.perform import perform
 

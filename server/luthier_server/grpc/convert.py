@@ -4,13 +4,16 @@ from luthier.v1.checkpoint_pb2 import Checkpoint as CheckpointProto
 from luthier.v1.dataset_pb2 import Dataset as DatasetProto
 from luthier.v1.export_pb2 import Export as ExportProto
 from luthier.v1.job_pb2 import Job as JobProto
+from luthier.v1.model_pb2 import AliasMove, LineageEdge, LineageNode, ModelAlias, ModelName, ModelVersion
 from luthier.v1.model_pb2 import Model as ModelProto
-from luthier.v1.model_pb2 import ModelVersion
+from luthier.v1.models_pb2 import GetModelLineageResponse
 from luthier_server.change import timestamp
 from luthier_server.job import FAILED, Job
+from luthier_server.lineage import Graph
 from luthier_server.store.datasets import Dataset
 from luthier_server.store.exports import Export
 from luthier_server.store.jobs import Checkpoint
+from luthier_server.store.model_names import Alias, Name
 from luthier_server.store.models import Model, Version
 
 
@@ -115,4 +118,37 @@ def version_proto(version: Version) -> ModelVersion:
         version=version.version,
         model_id=version.model_id,
         create_time=timestamp(version.create_time),
+    )
+
+
+def alias_proto(alias: Alias) -> ModelAlias:
+    """An alias as clients see it."""
+    return ModelAlias(
+        name=alias.name,
+        alias=alias.alias,
+        version=alias.version,
+        model_id=alias.model_id,
+        history=[
+            AliasMove(version=each.version, time=timestamp(each.time), rollback=each.rollback) for each in alias.moves
+        ],
+    )
+
+
+def name_proto(name: Name) -> ModelName:
+    """A name with its versions and aliases as clients see it."""
+    return ModelName(
+        name=name.name,
+        versions=[version_proto(each) for each in name.versions],
+        aliases=[alias_proto(each) for each in name.aliases],
+    )
+
+
+def lineage_proto(graph: Graph) -> GetModelLineageResponse:
+    """Lineage as clients see it."""
+    return GetModelLineageResponse(
+        nodes=[
+            LineageNode(id=each.id, kind=each.kind, name=each.name, licence=each.licence, deleted=each.deleted)
+            for each in graph.nodes.values()
+        ],
+        edges=[LineageEdge(from_id=each.from_id, to_id=each.to_id, relation=each.relation) for each in graph.edges],
     )

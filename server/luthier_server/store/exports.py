@@ -1,5 +1,6 @@
 """Exports as rows."""
 
+import json
 from collections.abc import Sequence
 from dataclasses import dataclass
 
@@ -9,7 +10,6 @@ from luthier.v1.export_proof_pb2 import ExportProof
 from luthier.v1.export_task_pb2 import ExportTask
 from luthier.v1.model_pb2 import ModelFile
 from luthier.v1.models_pb2 import DownloadManifest
-from luthier_server.job import AT_REST
 from luthier_server.store.database import Database, Row, Transaction
 
 _SUMMARY = "id, tenant, model_id, job_id, task, proof, size_bytes, destination_uri, create_time"
@@ -67,6 +67,15 @@ class Exports:
         )
         return [_export(row) for row in rows]
 
+    async def of(self, tenant: str, model_ids: Sequence[str]) -> list[Export]:
+        """The exports of these models and checkpoints, without their files, oldest first."""
+        rows = await self._database.read(
+            f"SELECT {_SUMMARY} FROM exports WHERE tenant = ? AND model_id IN (SELECT value FROM json_each(?))"
+            " ORDER BY id",
+            (tenant, json.dumps(list(model_ids))),
+        )
+        return [_export(row) for row in rows]
+
     async def ids(self) -> set[str]:
         """The ids of all exports, and of those that jobs are yet to finish."""
         rows = await self._database.read(
@@ -109,13 +118,8 @@ async def delete(transaction: Transaction, tenant: str, export_id: str) -> bool:
 
 
 async def of_model(transaction: Transaction, tenant: str, model_id: str) -> list[str]:
-    """What needs a model because it exports it: ids of exports, and of jobs that are not at rest; at most 10."""
-    at_rest = tuple(AT_REST)
+    """The ids of a model's exports; at most 20."""
     rows = await transaction.fetch(
-        "SELECT id FROM exports WHERE tenant = ? AND model_id = ?"
-        " UNION ALL SELECT id FROM jobs WHERE tenant = ? AND lane = 'cpu'"
-        f" AND state NOT IN ({', '.join('?' * len(at_rest))})"
-        " AND json_extract(resolved_spec, '$.export.model') = ? LIMIT 10",
-        (tenant, model_id, tenant, *at_rest, model_id),
+        "SELECT id FROM exports WHERE tenant = ? AND model_id = ? ORDER BY id LIMIT 20", (tenant, model_id)
     )
     return [row["id"] for row in rows]

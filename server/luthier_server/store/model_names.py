@@ -123,6 +123,12 @@ async def alias(transaction: Transaction, tenant: str, name: str, alias: str) ->
     return Alias(**dict(rows[0]), moves=tuple(_move(row) for row in moves))
 
 
+async def aliases(transaction: Transaction, tenant: str, name: str) -> list[str]:
+    """The aliases of a name, in order."""
+    rows = await transaction.fetch(_ALIASES + " ORDER BY alias", (tenant, name))
+    return [row["alias"] for row in rows]
+
+
 async def move(transaction: Transaction, tenant: str, name: str, alias: str, moved: Move) -> None:
     """Points an alias somewhere, which makes it if need be; keeps its newest 50 moves."""
     await transaction.execute(

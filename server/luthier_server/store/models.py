@@ -23,8 +23,8 @@ class Version:
 
 @dataclass(frozen=True, slots=True)
 class Model:
-    """What a job made. create_time: microseconds since the epoch; spec, resolved_spec: None in pages, and where no job of
-    an older server tells them; tags, versions and aliases (`support-bot@production`) are written apart from the row."""
+    """What a job made. create_time: microseconds since the epoch; spec, resolved_spec: None in pages, and where no job
+    of an older server tells them; tags, versions and aliases (`support-bot@production`) are kept apart from the row."""
 
     id: str
     tenant: str
@@ -55,6 +55,7 @@ _SPECS = ("spec", "resolved_spec")
 _WHOLE = [each.name for each in dataclasses.fields(Model) if each.name not in _APART]
 _BRIEF = [name for name in _WHOLE if name not in _SPECS]
 _MOST_NEAR = 1000
+_OF_CHECKPOINT = "SELECT id FROM models WHERE tenant = ? AND checkpoint = ?"
 
 
 def _model(row: Row) -> Model:
@@ -88,10 +89,23 @@ class Models:
 
     async def of_checkpoint(self, tenant: str, checkpoint: str) -> str:
         """The id of the model that was registered from a checkpoint; empty for none."""
-        rows = await self._database.read(
-            "SELECT id FROM models WHERE tenant = ? AND checkpoint = ?", (tenant, checkpoint)
-        )
+        rows = await self._database.read(_OF_CHECKPOINT, (tenant, checkpoint))
         return str(rows[0]["id"]) if rows else ""
+
+    async def of_same_base(self, tenant: str, job_id: str, base_model: str) -> tuple[str, str]:
+        """What models tell of a base: its licence, by the newest that knows it, and the revision that a job took."""
+        licences = await self._database.read(
+            "SELECT base_licence FROM models WHERE tenant = ? AND base_model = ? AND base_licence != ''"
+            " ORDER BY id DESC LIMIT 1",
+            (tenant, base_model),
+        )
+        revisions = await self._database.read(
+            "SELECT base_model_revision FROM models WHERE tenant = ? AND job_id = ? LIMIT 1", (tenant, job_id)
+        )
+        return (
+            licences[0]["base_licence"] if licences else "",
+            revisions[0]["base_model_revision"] if revisions else "",
+        )
 
     async def children(self, tenant: str, model_id: str) -> list[Model]:
         """Models that go on from this one, without their specs, oldest first; at most 1000."""
@@ -121,10 +135,10 @@ class Models:
         return next((each for each in known if each > 0), 0.0)
 
     async def page(
-        self, tenant: str, *, below: str, limit: int, id_prefix: str, name: str = "", tags: Mapping[str, str]
+        self, tenant: str, *, below: str, limit: int, id_prefix: str, name: str, tags: Mapping[str, str]
     ) -> list[Model]:
-        """Models newest first, with ids below `below` (empty: from the newest), without their specs. name: only versions
-        of it; tags: only models that have all of these."""
+        """Models newest first, with ids below `below` (empty: from the newest), without their specs. name: only
+        versions of it; tags: only models that have all of these."""
         sql = [f"SELECT {', '.join(_BRIEF)} FROM models WHERE tenant = ? AND id >= ? AND id < ?"]
         parameters: list[str | int] = [tenant, id_prefix, id_prefix + "\U0010ffff"]
         if below:
@@ -146,8 +160,8 @@ class Models:
         ids = json.dumps([each.id for each in models])
         tags: dict[str, dict[str, str]] = {}
         for row in await self._database.read(
-            "SELECT model_id, key, value FROM model_tags WHERE tenant = ? AND model_id IN (SELECT value FROM json_each(?))"
-            " ORDER BY key",
+            "SELECT model_id, key, value FROM model_tags"
+            " WHERE tenant = ? AND model_id IN (SELECT value FROM json_each(?)) ORDER BY key",
             (tenant, ids),
         ):
             tags.setdefault(row["model_id"], {})[row["key"]] = row["value"]
@@ -181,6 +195,12 @@ async def insert(transaction: Transaction, model: Model) -> None:
     await transaction.execute(
         f"INSERT INTO models ({', '.join(_WHOLE)}) VALUES ({', '.join('?' * len(_WHOLE))})", _values(model)
     )
+
+
+async def registered(transaction: Transaction, tenant: str, checkpoint: str) -> str:
+    """The id of the model that was registered from a checkpoint; empty for none."""
+    rows = await transaction.fetch(_OF_CHECKPOINT, (tenant, checkpoint))
+    return str(rows[0]["id"]) if rows else ""
 
 
 async def present(transaction: Transaction, tenant: str, model_id: str) -> bool:

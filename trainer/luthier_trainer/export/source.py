@@ -29,8 +29,9 @@ class Tuned:
     directory: the model or checkpoint, with its tokenizer, chat template and luthier.json (a checkpoint has none).
     base: the directory of the base's configuration and weights; `directory` itself after full fine-tuning. adapter:
     the directory with adapter_config.json and adapter_model.safetensors; None after full fine-tuning. name:
-    `model_...` or `job_...:step-200`. base_name: what the base is called outside of this server: a hub id, `builtin/tiny`, or the last
-    part of its path; empty after full fine-tuning of something unknown. base_revision: the commit of a hub's base.
+    `model_...` or `job_...:step-200`. base_name: what the base is called outside of this server: a hub id,
+    `builtin/tiny`, or the last part of its path; empty after full fine-tuning of something unknown. base_revision: the
+    commit of a hub's base.
     """
 
     directory: Path
