@@ -83,7 +83,7 @@ def programs(markdown: str) -> list[str]:
 
 def html(markdown: str) -> str:
     body = markdown.split("\n---\n", 1)[1]
-    return MarkdownIt("commonmark", {"html": True}).enable("table").render(body)
+    return str(MarkdownIt("commonmark", {"html": True}).enable("table").render(body))
 
 
 def test_an_adapters_card_has_what_the_hub_reads_and_what_a_reader_asks() -> None:
