@@ -1,4 +1,4 @@
-"""A download as one tar: uncompressed, the same bytes for the same files, `manifest.json` first.
+"""A download as one tar: uncompressed, the same bytes for the same files, the list of them first.
 
 It is written as the stream comes, so it takes its own size and no more, and may go into a pipe.
 """

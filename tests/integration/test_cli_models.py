@@ -128,6 +128,8 @@ def test_an_export_is_made_shown_downloaded_and_deleted(daemon: Daemon, client: 
     assert run("model", "download", export["id"], "--tar", str(tar), endpoint=daemon.address).returncode == 0
     assert from_tar(tar) == below(folder)
     assert {each.path for each in client.get_export(export["id"]).files} == set(below(folder))
+    refused = run("model", "delete", model, endpoint=daemon.address)
+    assert refused.returncode == 1 and f"(luthier export delete {export['id']})" in refused.stderr
     assert run("export", "delete", "@latest", endpoint=daemon.address).returncode == 0
     assert run("export", "get", export["id"], endpoint=daemon.address).returncode == 1
     assert list(client.list_exports(model=model)) == []
@@ -177,7 +179,10 @@ def from_tar(file: Path) -> dict[str, bytes]:
     """What is in a tar of ours, which says itself what it holds."""
     with tarfile.open(file, "r:") as tar:
         members = {member.name: tar.extractfile(member).read() for member in tar}  # type: ignore[union-attr]
-    listed = json.loads(members.pop("manifest.json"))["files"]
+    first = next(iter(members))
+    # An export has a manifest.json of its own.
+    assert first == ("luthier-manifest.json" if "manifest.json" in [*members][1:] else "manifest.json")
+    listed = json.loads(members.pop(first))["files"]
     assert [(each["path"], each["size_bytes"]) for each in listed] == [(name, len(members[name])) for name in members]
     return members
 
