@@ -206,9 +206,10 @@ class AsyncModelMethods:
     ) -> None:
         """The same as one tar, into a file that is not there yet or a binary stream such as `sys.stdout.buffer`.
 
-        The tar is not compressed, is the same bytes for the same files, and begins with `manifest.json`: path, size and
-        SHA-256 of each (`luthier-manifest.json` where there is such a file already). A file appears whole or not at all,
-        and TARGET.partial is gone on from; a stream is only whole when this returns. Raises FileExistsError, DownloadDamaged.
+        The tar is not compressed, is the same bytes for the same files, and begins with `manifest.json`: path, size
+        and SHA-256 of each (`luthier-manifest.json` where there is such a file already). A file appears whole or not at
+        all, and TARGET.partial is gone on from; a stream is only whole when this returns. Raises FileExistsError,
+        DownloadDamaged.
         """
         named = isinstance(target, str | os.PathLike)
         await self._download(model, TarFile(Path(target)) if named else TarStream(target), on_progress)  # type: ignore[arg-type]

@@ -17,6 +17,7 @@ from unit.client.command import run
 from luthier.v1.job_pb2 import Hyperparameters
 from luthier_client import Client, errors, exports
 from luthier_client.cli import ids
+from luthier_client.spec import apply_settings
 
 Start = Callable[..., Daemon]
 BUILTIN = Path(__file__).parents[2] / "trainer" / "luthier_trainer" / "builtin" / "tiny"
@@ -160,6 +161,23 @@ def test_a_model_is_made_again_from_itself_and_the_two_are_equal(daemon: Daemon,
     assert {"fine_tune.lora.rank", "fine_tune.hyperparameters.epochs"} <= {each["field"] for each in differences}
     planned = run("job", "create", "--from", "again@1", "--validate-only", endpoint=daemon.address)
     assert planned.returncode == 0 and "model_name: again" in planned.stdout
+
+
+def test_what_the_server_made_of_a_spec_is_a_spec_that_it_takes_and_makes_the_same_of(client: Client) -> None:
+    for changes in (
+        [],
+        ["find_learning_rate=true"],
+        ["epochs=auto", "batch_size=auto", "learning_rate=auto"],
+        ["full=", "max_steps=7", "warmup_steps=2"],
+        ["per_device_train_batch_size=2", "gradient_accumulation_steps=4"],
+        ["validation_fraction=0.1", "every_epochs=2", "early_stopping.patience=2", "keep_best=true"],
+        ["validation_dataset=rows", "evaluation.every_steps=5", "train_on=last_turn"],
+        ["use_dora=true", "lr_scheduler=warmup_stable_decay"],
+    ):
+        spec = small()
+        apply_settings(spec, changes)
+        resolved = client.create_job(spec, validate_only=True).proto.resolved_spec
+        assert client.create_job(resolved, validate_only=True).proto.resolved_spec == resolved, changes
 
 
 def test_a_model_whose_job_was_deleted_is_still_made_again_and_compared(daemon: Daemon) -> None:

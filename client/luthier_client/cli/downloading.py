@@ -33,6 +33,8 @@ def download(ctx: click.Context, model_id: str, directory: str | None, tar: str 
 
     if directory is not None and tar is not None:
         raise click.UsageError("give --to or --tar, not both.")
+    if tar == "-" and sys.stdout.isatty():
+        raise click.UsageError("stdout is a terminal, which shows no tar: | tar -x, or --tar FILE.")
     chosen = settings(ctx)
     with connect(chosen) as client:
         whole = ids.files(client, model_id)
@@ -52,7 +54,7 @@ def download(ctx: click.Context, model_id: str, directory: str | None, tar: str 
 def _shown(fetch: "Callable[[Callable[[int, int], None]], object]", interrupted: str = GOES_ON) -> None:
     from luthier_client.cli.transfer import phases
 
-    with phases(interrupted=interrupted) as bars:
+    with phases("preparing", interrupted=interrupted) as bars:
         fetch(bars.phase("downloading", then="finishing"))
 
 

@@ -62,7 +62,8 @@ def export(
     from luthier_client import exports
     from luthier_client.cli import ids, output
     from luthier_client.cli.connect import connect
-    from luthier_client.cli.follow import follow
+    from luthier_client.cli.follow import CANCELLED, follow
+    from luthier_client.errors import JobCancelled
 
     if uri is None and (secret or public):
         raise click.UsageError("--secret and --public are for a destination: --to URI.")
@@ -85,7 +86,11 @@ def export(
         elif chosen.output == "table":
             ctx.exit(follow(chosen, handle))
         else:
-            made = client.get_export(handle.wait(check=True).export_id)
+            try:
+                made = client.get_export(handle.wait(check=True).export_id)
+            except JobCancelled as cancelled:
+                output.error(chosen, cancelled)
+                ctx.exit(CANCELLED)
             output.resource(chosen, made, [])
 
 

@@ -74,6 +74,7 @@ def create(
     from luthier_client.cli import again, ids, output
     from luthier_client.cli.connect import connect
     from luthier_client.cli.follow import follow
+    from luthier_client.errors import NotFound
     from luthier_client.spec import apply_settings, load_spec, parse_spec
 
     if probe and not dry_run:
@@ -103,7 +104,12 @@ def create(
         if dry_run:
             _dry_run(ctx, client, spec, probe)
             return
-        handle = client.create_job(spec, validate_only=validate_only)
+        try:
+            handle = client.create_job(spec, validate_only=validate_only)
+        except NotFound as missing:
+            if before is not None and before.fine_tune.resume_from and resume_from is None:
+                missing.metadata.setdefault("hint", "train from the base model instead: --set resume_from=")
+            raise
         if validate_only:
             _show_plan(ctx, handle.proto.resolved_spec)
         elif watch:

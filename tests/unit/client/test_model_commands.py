@@ -137,6 +137,8 @@ def test_a_tar_on_stdout_is_nothing_but_the_tar(endpoint: str, tmp_path: Path) -
     again = run("model", "download", "bot@3", "--tar", str(file), endpoint=endpoint)
     assert again.returncode == 1 and "exists already" in again.stderr
     assert run("model", "download", "bot", "--tar", "x", "--to", "y", endpoint=endpoint).returncode == 2
+    terminal = Terminal("model", "download", "bot", "--tar", "-", endpoint=endpoint)
+    assert terminal.end() == 2 and "stdout is a terminal" in terminal.screen
 
 
 def test_an_interrupted_download_says_how_to_go_on_and_does(own_server: FakeServer, tmp_path: Path) -> None:
