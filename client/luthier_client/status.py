@@ -75,7 +75,7 @@ def to_error(failed: FailedCall, endpoint: str, *, tls: bool = False) -> errors.
         reason = "UNREACHABLE" if refused else "CONNECTION_LOST"
         broke = f"the connection to {endpoint} broke: {message}"
         message = endpoints.unreachable(endpoint, message, tls=tls) if refused else broke
-    if code == "UNIMPLEMENTED":
+    if code == "UNIMPLEMENTED" and not reason:
         metadata.setdefault("hint", "the server may be older than this client: luthier version --server")
     if code == "UNAUTHENTICATED":
         metadata.setdefault("hint", _TOKEN_HINT)
