@@ -6,7 +6,6 @@ loaded (`loaders`) and asked the same, and the answers are compared (`compare`) 
 """
 
 import contextlib
-import gc
 import json
 import os
 import tempfile
@@ -70,14 +69,12 @@ def prove(
                     answers.append(_reads(artefact, row, answer))
                 progress.step()
             ends = artefact.ends
-            del artefact
     except NotLoaded as error:
         raise TrainingError(
             "EXPORT_NOT_EQUAL",
             f"The export cannot be used as it was meant: {error}.",
             "This is a fault of the export and not of the model; nothing of it was kept.",
         ) from error
-    gc.collect()
     checks += compare.numbers(reference, found, answers, ends, limits)
     return ExportProof(
         loader=loader.name,
