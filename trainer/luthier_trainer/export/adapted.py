@@ -1,15 +1,16 @@
-"""What an adapter does to each weight of its base, by PEFT's own formulas on one layer at a time."""
+"""What an adapter does to each weight of its base.
 
-import contextlib
+PEFT's own modules, on the meta device, tell which weight that is, with which scale, and which way round it lies.
+"""
+
 import copy
 import warnings
-from collections.abc import Iterator
 from dataclasses import dataclass
 from pathlib import Path
 
 import torch
 from peft import LoraConfig, PeftConfig, get_peft_model
-from peft.tuners.lora.layer import LoraLayer, ParamWrapper
+from peft.tuners.lora.layer import Embedding, Linear, LoraLayer, ParamWrapper
 from peft.tuners.lora.variants import DoraEmbeddingVariant, DoraLinearVariant
 from peft.utils.other import AuxiliaryTrainingWrapper, ModulesToSaveWrapper
 from torch import nn
@@ -26,17 +27,25 @@ _OWN_BASE = (True, False, "gaussian", "orthogonal", "eva")
 
 
 @dataclass(frozen=True)
-class _Change:
-    """layer: PEFT's layer on the meta device. tensors: its parameters by name, as the file calls them."""
+class Change:
+    """What is added to a weight: scale B A, and with DoRA the magnitudes of its columns.
 
-    layer: LoraLayer
-    parameter: str
-    tensors: dict[str, str]
+    scale: with rslora alpha over the root of the rank. flipped: whether the weight is [inputs, outputs], as GPT-2's and
+    embeddings are. experts: how many a weight of three dimensions has; A is [experts * rank, inputs] then and B
+    [outputs, rank * experts]. a, b, magnitude: names in the adapter's file; the last is empty without DoRA.
+    """
+
+    scale: float
+    flipped: bool
+    experts: int
+    a: str
+    b: str
+    magnitude: str = ""
 
 
 class Adapted:
-    """An adapter on disk. `changed`: weights that it adds to, by the base's module names; `replaced`: weights that it
-    holds whole (modules_to_save), biases among them.
+    """An adapter on disk. changes: to weights of the base, by its modules' names; replaced: weights that it holds whole
+    (modules_to_save, biases), each with its name in the file.
 
     model: the base on the meta device; PEFT wraps it, so it is of no other use afterwards. Raises TrainingError
     EXPORT_UNSUPPORTED for adapters whose effect is no change of weights, or of which a tensor is not understood.
@@ -49,16 +58,16 @@ class Adapted:
         _require_known(config, model)
         self._file = TensorFile(directory / ADAPTER_WEIGHTS)
         try:
-            self._changes, self.replaced = _places(_wrapped(model, config))
+            self.changes, self.replaced = _places(_wrapped(model, config))
             self._require_all_used()
         except BaseException:
             self._file.close()
             raise
 
     @property
-    def changed(self) -> frozenset[str]:
-        """The weights that `merged` has something to add to."""
-        return frozenset(self._changes)
+    def touched(self) -> frozenset[str]:
+        """Every weight that is not the base's own any more."""
+        return frozenset(self.changes) | frozenset(self.replaced)
 
     def close(self) -> None:
         """Ends the reading."""
@@ -69,32 +78,25 @@ class Adapted:
         return self._file.read(self.replaced[name])
 
     @torch.no_grad()
-    def merged(self, name: str, weight: torch.Tensor) -> torch.Tensor:
-        """A weight of the base in 32 bits with what the adapter adds, in 32 bits."""
-        change = self._changes[name]
-        layer = change.layer
-        with self._filled(change, weight):
-            variant = layer.lora_variant.get(_ADAPTER)
-            if variant is None:
-                merged = layer.get_delta_weight(_ADAPTER).add_(weight)
-            else:
-                merged = variant.merge_safe(layer, _ADAPTER, weight)
-                layer._caches.clear()
-        return merged
-
-    @contextlib.contextmanager
-    def _filled(self, change: _Change, weight: torch.Tensor) -> Iterator[None]:
-        """The layer with real numbers in place of its shapes."""
-        with contextlib.ExitStack() as stack:
-            stack.enter_context(_parameter(change.layer.get_base_layer(), change.parameter, weight))
-            for own, stored in change.tensors.items():
-                path, _, last = own.rpartition(".")
-                owner = change.layer.get_submodule(path)
-                stack.enter_context(_parameter(owner, last, self._file.read(stored).float()))
-            yield
+    def merge(self, name: str, weight: torch.Tensor) -> None:
+        """Adds what the adapter adds to a weight in 32 bits, in its own memory."""
+        change = self.changes[name]
+        a, b = self._file.read(change.a).float(), self._file.read(change.b).float()
+        if weight.ndim == 3:
+            a = a.reshape(change.experts, -1, a.shape[-1])
+            b = b.reshape(b.shape[0], -1, change.experts)
+            for number, expert in enumerate(weight):
+                _add(expert, a[number], b[:, :, number], change)
+        else:
+            _add(weight, a, b, change)
+        if change.magnitude:
+            # DoRA, equation 5: the norm of each output's weights is what was learnt.
+            outputs = 1 if change.flipped else 0
+            norms = torch.linalg.vector_norm(weight, dim=1 - outputs)
+            weight *= (self._file.read(change.magnitude).float() / norms).unsqueeze(1 - outputs)
 
     def _require_all_used(self) -> None:
-        known = {stored for each in self._changes.values() for stored in each.tensors.values()}
+        known = {each for change in self.changes.values() for each in (change.a, change.b, change.magnitude)} - {""}
         known |= set(self.replaced.values())
         there = self._file.tensors.keys()
         for name in sorted(known - there):
@@ -104,6 +106,13 @@ class Adapted:
             if not name.startswith(_PREFIX) or not bias.endswith(".bias"):
                 raise unsupported(f"its adapter has {name}, which is no part of a LoRA adapter for this base")
             self.replaced[bias.replace(".base_layer.", ".")] = name
+
+
+def _add(weight: torch.Tensor, a: torch.Tensor, b: torch.Tensor, change: Change) -> None:
+    if change.flipped:
+        weight.addmm_(a.T, b.T, alpha=change.scale)
+    else:
+        weight.addmm_(b, a, alpha=change.scale)
 
 
 def _wrapped(model: PreTrainedModel, config: LoraConfig) -> nn.Module:
@@ -121,9 +130,9 @@ def _wrapped(model: PreTrainedModel, config: LoraConfig) -> nn.Module:
     return inside
 
 
-def _places(model: nn.Module) -> tuple[dict[str, _Change], dict[str, str]]:
+def _places(model: nn.Module) -> tuple[dict[str, Change], dict[str, str]]:
     """(changes by the weight's name, the file's names of replacements by the weight's name)."""
-    changes: dict[str, _Change] = {}
+    changes: dict[str, Change] = {}
     replaced: dict[str, str] = {}
     for name, module in model.named_modules():
         if isinstance(module, AuxiliaryTrainingWrapper):
@@ -132,31 +141,37 @@ def _places(model: nn.Module) -> tuple[dict[str, _Change], dict[str, str]]:
             whole = module.modules_to_save[_ADAPTER].state_dict()
             replaced.update({f"{name}.{each}": f"{_PREFIX}{name}.{each}" for each in whole})
         elif isinstance(module, LoraLayer):
-            parameter = module.parameter_name if isinstance(module, ParamWrapper) else "weight"
             base = name
             while base.endswith(".base_layer"):  # each parameter of a module has a wrapper of its own
                 base = base.removesuffix(".base_layer")
+            parameter = module.parameter_name if isinstance(module, ParamWrapper) else "weight"
             weight = f"{base}.{parameter}"
             if weight in changes or "modules_to_save" in base.split(".") or module.lora_bias.get(_ADAPTER):
                 raise unsupported(f"its adapter changes {base} in a way that is not known")
-            if not isinstance(module.lora_variant.get(_ADAPTER), type(None) | DoraLinearVariant | DoraEmbeddingVariant):
-                raise unsupported(f"its adapter uses {type(module.lora_variant[_ADAPTER]).__name__}")
-            changes[weight] = _Change(module, parameter, _tensors(name, module))
+            changes[weight] = _change(name, module)
     return changes, replaced
 
 
-def _tensors(name: str, layer: LoraLayer) -> dict[str, str]:
-    """The layer's own parameters, each with its name in the file; what an adapter's parameter is called there is the
-    name without the adapter's."""
-    assert isinstance(layer, nn.Module)
-    own = [each for each, _ in layer.named_parameters() if each.split(".")[0] in layer.adapter_layer_names]
-    named = {}
-    for each in own:
-        parts = [part for part in each.split(".") if part != _ADAPTER]
-        if parts[0] == "lora_magnitude_vector":
-            parts = parts[:1]
-        named[each] = f"{_PREFIX}{name}.{'.'.join(parts)}"
-    return named
+def _change(name: str, layer: LoraLayer) -> Change:
+    """What PEFT's layer does. Raises TrainingError EXPORT_UNSUPPORTED for kinds of layers that are not known."""
+    variant = layer.lora_variant.get(_ADAPTER)
+    if variant is not None and not isinstance(variant, DoraLinearVariant | DoraEmbeddingVariant):
+        raise unsupported(f"its adapter uses {type(variant).__name__}")
+    magnitude = f"{_PREFIX}{name}.lora_magnitude_vector" if variant is not None else ""
+    experts = 1
+    if isinstance(layer, Embedding):
+        flipped, a, b = True, "lora_embedding_A", "lora_embedding_B"
+    elif isinstance(layer, Linear):
+        flipped, a, b = bool(layer.fan_in_fan_out), "lora_A.weight", "lora_B.weight"
+    elif isinstance(layer, ParamWrapper):
+        experts = layer.num_experts
+        # PEFT takes [experts, inputs, outputs] for granted and notes where it is the other way round.
+        flipped = experts > 1 and not layer._did_swap_in_out_features
+        a, b = "lora_A.weight", "lora_B.weight"
+    else:
+        raise unsupported(f"its adapter changes {name}, a {type(layer).__name__}")
+    scale = float(layer.scaling[_ADAPTER])
+    return Change(scale, flipped, experts, f"{_PREFIX}{name}.{a}", f"{_PREFIX}{name}.{b}", magnitude)
 
 
 def _require_known(config: LoraConfig, model: PreTrainedModel) -> None:
@@ -168,14 +183,3 @@ def _require_known(config: LoraConfig, model: PreTrainedModel) -> None:
         raise unsupported("its adapter repeats layers of its base")
     if config.ensure_weight_tying and model.all_tied_weights_keys:
         raise unsupported("its adapter keeps tied weights tied (ensure_weight_tying)")
-
-
-@contextlib.contextmanager
-def _parameter(owner: nn.Module, name: str, value: torch.Tensor) -> Iterator[None]:
-    """The module with another parameter in the meantime. Not `setattr`: PEFT's ParameterDict has dots in its names."""
-    before = owner._parameters[name]
-    owner._parameters[name] = nn.Parameter(value, requires_grad=False)
-    try:
-        yield
-    finally:
-        owner._parameters[name] = before

@@ -23,8 +23,8 @@ _WIDTHS = (torch.float64, torch.float32, torch.bfloat16, torch.float16)
 
 
 class MergedWeights:
-    """The whole model's weights, read one at a time: as many bytes as one tensor takes in 32 bits are in memory, and
-    the few copies that a product needs.
+    """The whole model's weights, read one at a time: what is in memory is one of them, as it is stored, in 32 bits and
+    rounded.
 
     config: the model's, with tie_word_embeddings False where training made head and embeddings differ. names: as the
     state dict of transformers' model calls them, tied ones once.
@@ -48,7 +48,7 @@ class MergedWeights:
         """The weights that the adapter changes."""
         if self._adapted is None:
             return frozenset()
-        return frozenset(each for each in self.names if each in self._adapted.changed | self._adapted.replaced.keys())
+        return frozenset(self.names) & self._adapted.touched
 
     def stored(self, name: str, dtype: torch.dtype | None = None) -> Stored:
         """Kind and shape of a weight; numbers that are not whole ones in `dtype`, if that is given."""
@@ -67,8 +67,9 @@ class MergedWeights:
         weight = self._stored.read(self._origin[name])
         if not weight.dtype.is_floating_point:
             return weight
-        if adapted is not None and name in adapted.changed:
-            weight = adapted.merged(name, weight.float())
+        if adapted is not None and name in adapted.changes:
+            weight = weight.float()
+            adapted.merge(name, weight)
         return weight.to(dtype)
 
     def kept_wide(self, dtype: torch.dtype) -> dict[str, torch.dtype]:
@@ -133,7 +134,7 @@ def _origins(model: PreTrainedModel, stored: StoredWeights, adapted: Adapted | N
     """Each weight of the merged model, with the weight of the files that it is made from; unties what training made
     different, in the model's configuration too."""
     there = stored.weights
-    touched = (adapted.changed | adapted.replaced.keys()) if adapted is not None else frozenset()
+    touched = adapted.touched if adapted is not None else frozenset()
     tied: dict[str, str] = dict(model.all_tied_weights_keys)
     buffers = {name for name, _ in model.named_buffers()}
     origins: dict[str, str] = {}

@@ -2,6 +2,7 @@
 
 import importlib
 import os
+import shutil
 from collections.abc import Callable
 from pathlib import Path
 from typing import Any
@@ -27,13 +28,15 @@ CREDENTIALS = "LUTHIER_EXPORT_CREDENTIALS"
 
 
 def perform(
-    task: task_pb2.TrainerTask, reporter: Reporter, control: Control
+    task: task_pb2.TrainerTask, reporter: Reporter, control: Control, *, proven: bool = True
 ) -> report_pb2.Finished | report_pb2.Stopped:
-    """Makes the export of `task.export`. The directory is there whole and proven, or not at all; one that an earlier
-    attempt left is kept and only copied. A stop leaves nothing.
+    """Makes the export of `task.export`. Its directory is there whole and proven, or not at all; one that an earlier
+    attempt left is kept and only copied. What is cancelled or fails leaves nothing; a pause while it is copied leaves
+    the export for the attempt that goes on. `proven` is False for a person's own process alone, which may have no rows
+    to prove it with.
 
     Raises TrainingError: MODEL_NOT_FOUND, MODEL_DAMAGED, EXPORT_UNSUPPORTED, EXPORT_NOT_EQUAL for one that behaves
-    otherwise than the tuned model, STORAGE_FULL, and what copying raises.
+    otherwise than the tuned model, QUANTIZATION_UNAVAILABLE, STORAGE_FULL, and as `proof.prove` and `publish.publish`.
     """
     check = check_of(control)
     output = Path(task.export.output_dir)
@@ -41,13 +44,18 @@ def perform(
         tuned = read_tuned(task)
         proof = _earlier(output, task.export.export_id)
         if proof is None:
-            durable.sweep(output.parent)
             with durable.new_directory(output) as aside:
-                proof = _make(task, tuned, aside, reporter, check)
+                proof = _make(task, tuned, aside, reporter, check, proven)
         files = listed(output)
         uri = _publish(task, output, files, reporter, check)
     except StopRequested:
+        if control.requested() == task_pb2.CONTROL_ACTION_CANCEL:
+            shutil.rmtree(output, ignore_errors=True)
         return report_pb2.Stopped()
+    except TrainingError as error:
+        if not error.retryable:
+            shutil.rmtree(output, ignore_errors=True)
+        raise
     return report_pb2.Finished(
         size_bytes=durable.size(output),
         files=files,
@@ -68,20 +76,21 @@ def listed(folder: Path) -> list[model_pb2.ModelFile]:
 
 
 def _make(
-    task: task_pb2.TrainerTask, tuned: Tuned, folder: Path, reporter: Reporter, check: Check
+    task: task_pb2.TrainerTask, tuned: Tuned, folder: Path, reporter: Reporter, check: Check, proven: bool
 ) -> export_proof_pb2.ExportProof:
     """Writes the export and proves it. Raises TrainingError EXPORT_NOT_EQUAL."""
-    export = task.spec.export
-    write_files(tuned, export, folder, Progress(reporter, event_pb2.PHASE_EXPORTING), check, task.export.llama_cpp_dir)
+    write_files(tuned, task.spec.export, folder, Progress(reporter, event_pb2.PHASE_EXPORTING), check)
     check()
-    reporter.report(event_pb2.PhaseProgressed(phase=event_pb2.PHASE_PROVING, unit="rows"))
-    proof = _prove(task, tuned, folder, reporter, check)
-    reporter.report(event_pb2.ExportProven(proof=proof), durable=True)
-    if not proof.passed:
-        raise _not_equal(proof)
-    durable.write_json(folder / PROOF, MessageToDict(proof, preserving_proto_field_name=True))
+    proof = export_proof_pb2.ExportProof()
+    if proven:
+        proof = _prove(task, tuned, folder, reporter, check)
+        reporter.report(event_pb2.ExportProven(proof=proof), durable=True)
+        if not proof.passed:
+            raise _not_equal(proof)
+        durable.write_json(folder / PROOF, _as_json(proof))
     durable.write_json(folder / LINEAGE, _lineage(task, tuned, proof))
-    (folder / CARD).write_text(task.export.card, encoding="utf-8")
+    if task.export.card:
+        (folder / CARD).write_text(task.export.card, encoding="utf-8")
     check()
     durable.write_manifest(folder)
     return proof
@@ -93,7 +102,6 @@ def write_files(
     folder: Path,
     progress: Callable[[int, int], None],
     check: Check,
-    llama_cpp_dir: str = "",
 ) -> None:
     """Writes what the export is asked to be, without card, proof and manifest. Raises as `perform`."""
     kind = export.WhichOneof("format")
@@ -107,8 +115,7 @@ def write_files(
         write_merged(tuned, export.merged, folder, progress, check)
     elif kind == "gguf":
         gguf = _part("gguf")
-        gguf.require(tuned, export.gguf)
-        gguf.write(tuned, export.gguf, folder, progress, check)
+        gguf.write(tuned, export.gguf, folder, progress, check, llama_cpp_dir)
     else:
         raise TrainingError("EXPORT_UNSUPPORTED", "The export has no format.", "Ask for adapter, merged or gguf.")
 
@@ -169,7 +176,7 @@ def _earlier(output: Path, export_id: str) -> export_proof_pb2.ExportProof | Non
 def _lineage(task: task_pb2.TrainerTask, tuned: Tuned, proof: export_proof_pb2.ExportProof) -> dict[str, Any]:
     """The model's luthier.json with what was exported; a checkpoint has none, and begins one."""
     lineage = read_json(tuned.directory / LINEAGE) or {"format": 1}
-    export = MessageToDict(task.spec.export, preserving_proto_field_name=True)
+    export = _as_json(task.spec.export)
     export.pop("destination", None)  # where a copy goes is nobody's business who has one
     lineage["export"] = {
         "id": task.export.export_id,
@@ -179,9 +186,13 @@ def _lineage(task: task_pb2.TrainerTask, tuned: Tuned, proof: export_proof_pb2.E
         "base_model": tuned.base_name,
         "base_revision": tuned.base_revision,
         "base_licence": tuned.base_licence,
-        "proof": MessageToDict(proof, preserving_proto_field_name=True),
+        "proof": _as_json(proof),
     }
     return lineage
+
+
+def _as_json(message: export_task_pb2.ExportTask | export_proof_pb2.ExportProof) -> dict[str, Any]:
+    return MessageToDict(message, preserving_proto_field_name=True)
 
 
 def _not_equal(proof: export_proof_pb2.ExportProof) -> TrainingError:

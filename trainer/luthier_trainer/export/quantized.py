@@ -34,7 +34,7 @@ def write_nf4(
             "An export in nf4 needs bitsandbytes, which is not installed beside the trainer.",
             "Install it there (pip install bitsandbytes), or export in bf16.",
         )
-    with tempfile.TemporaryDirectory(prefix=".nf4-", dir=folder.parent) as wide:
+    with tempfile.TemporaryDirectory(prefix=".wide-", dir=folder) as wide:
         merged = export_task_pb2.MergedExport(
             weights=export_task_pb2.WEIGHT_TYPE_BF16,
             max_shard_bytes=min(_SHARD_BYTES, options.max_shard_bytes or _SHARD_BYTES),

@@ -101,11 +101,12 @@ def on_file(model: PreTrainedModel, tensors: Mapping[str, torch.Tensor]) -> dict
     """Whole groups of weights as the model's files call them. `model` is the one that the files were read for. Raises
     TrainingError EXPORT_UNSUPPORTED."""
     try:
-        return revert_weight_conversion(model, dict(tensors))
+        written: dict[str, torch.Tensor] = revert_weight_conversion(model, dict(tensors))
     except Exception as error:
         raise unsupported(
             f"transformers cannot write {next(iter(tensors))} back as its files had it: {_line(error)}"
         ) from error
+    return written
 
 
 def require_loadable(model: PreTrainedModel, written: Mapping[str, Stored], expected: Mapping[str, Stored]) -> None:
@@ -115,8 +116,7 @@ def require_loadable(model: PreTrainedModel, written: Mapping[str, Stored], expe
     try:
         found = {name: each.shape for group in _groups(written, model) for name, each in group.weights.items()}
     finally:
-        if kept is not None:
-            model._weight_conversions = kept
+        _remember(model, kept)
     for name in sorted(found.keys() | expected.keys()):
         shape = expected[name].shape if name in expected else None
         if found.get(name) != shape:
@@ -150,7 +150,7 @@ def _groups(stored: Mapping[str, Stored], model: PreTrainedModel) -> list[Group]
             group = found.setdefault(name, Group(WeightRenaming(source, name)))
             pattern = source
         group.sources.append((pattern, source))
-    model._weight_conversions = [each for each in rules if each.was_used()]
+    _remember(model, [each for each in rules if each.was_used()])
     for name, group in found.items():
         _foretell(name, group, stored, model)
         if len(group.sources) > 1 and not isinstance(group.transform, WeightConverter):
@@ -187,6 +187,11 @@ def _converted(group: Group, tensors: Mapping[str, torch.Tensor], model: PreTrai
     except Exception as error:
         raise unsupported(f"transformers cannot make {name} of its files: {_line(error)}") from error
     return {each: value[0] if isinstance(value, list) else value for each, value in made.items()}
+
+
+def _remember(model: PreTrainedModel, rules: Any) -> None:
+    """Has transformers undo these rules when it writes the model's files."""
+    model._weight_conversions = rules
 
 
 def _line(error: Exception) -> str:

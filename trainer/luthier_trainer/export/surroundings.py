@@ -1,5 +1,6 @@
 """What lies beside the weights of an export: configuration, generation settings, tokenizer and chat template."""
 
+import hashlib
 import json
 import shutil
 from pathlib import Path
@@ -8,11 +9,14 @@ from typing import Any
 import torch
 from transformers import AutoTokenizer, PretrainedConfig, PreTrainedTokenizerBase
 
-from luthier_trainer.data.masks.template import template_of
+from luthier_trainer.data.masks.template import CHATML, template_of
 from luthier_trainer.errors import TrainingError
 from luthier_trainer.export.source import CONFIG, Tuned, read_json
+from luthier_trainer.save import LINEAGE
+from luthier_trainer.state import STATE
 
 GENERATION = "generation_config.json"
+_TEMPLATE = "chat_template.jinja"
 _TOKENIZER_FILES = (
     "tokenizer.json",
     "tokenizer_config.json",
@@ -24,20 +28,30 @@ _TOKENIZER_FILES = (
     "merges.txt",
     "spiece.model",
     "sentencepiece.bpe.model",
-    "chat_template.jinja",
+    _TEMPLATE,
     "chat_template.json",
 )
 _MORE_TEMPLATES = "additional_chat_templates"
 
 
 def write_tokenizer(tuned: Tuned, folder: Path) -> None:
-    """The tokenizer and its chat template, byte for byte as training left them."""
+    """The tokenizer and its chat template, byte for byte as training left them. A tokenizer without a template that was
+    trained with ChatML's, whose tokens it knows, gets that one as a file."""
     for name in _TOKENIZER_FILES:
         if (tuned.directory / name).is_file():
             shutil.copyfile(tuned.directory / name, folder / name)
+    if not load_tokenizer(tuned).chat_template and _trained_with(tuned) == hashlib.sha256(CHATML.encode()).hexdigest():
+        (folder / _TEMPLATE).write_text(CHATML, encoding="utf-8")
     for more in sorted((tuned.directory / _MORE_TEMPLATES).glob("*.jinja")):
         (folder / _MORE_TEMPLATES).mkdir(exist_ok=True)
         shutil.copyfile(more, folder / _MORE_TEMPLATES / more.name)
+
+
+def _trained_with(tuned: Tuned) -> str:
+    """SHA-256 of the chat template that training used, as a model or a checkpoint notes it; empty for neither."""
+    rows = read_json(tuned.directory / STATE).get("rows", {})
+    noted = read_json(tuned.directory / LINEAGE).get("chat_template_sha256", rows.get("template_sha256", ""))
+    return noted if isinstance(noted, str) else ""
 
 
 def write_config(config: PretrainedConfig, architecture: str, dtype: torch.dtype, folder: Path) -> None:

@@ -82,7 +82,7 @@ class TensorFile:
         stored = self.tensors[name]
         tensor = torch.empty(stored.shape, dtype=stored.dtype)
         if stored.size_bytes:
-            target = memoryview(tensor.view(-1).view(torch.uint8).numpy())
+            target = _bytes(tensor)
             self._file.seek(self._places[name])
             filled = 0
             while filled < len(target):
@@ -136,7 +136,7 @@ class TensorFileWriter:
             place += each.size_bytes
         encoded = json.dumps(header, separators=(",", ":"), ensure_ascii=False).encode()
         encoded += b" " * (-len(encoded) % 8)
-        self._waiting = list(reversed(tensors.items()))
+        self._waiting = list(tensors.items())[::-1]
         self._file = open(path, "wb", buffering=0)  # noqa: SIM115
         self._file.write(struct.pack("<Q", len(encoded)) + encoded)
 
@@ -157,7 +157,7 @@ class TensorFileWriter:
             raise ValueError(f"{name} of {tensor.dtype} {tuple(tensor.shape)} in place of {expected} {stored}")
         if not stored.size_bytes:
             return
-        source = memoryview(tensor.contiguous().view(-1).view(torch.uint8).numpy())
+        source = _bytes(tensor.contiguous())
         written = 0
         while written < len(source):
             written += self._file.write(source[written : written + _CHUNK])
@@ -186,6 +186,12 @@ def shard_names(count: int) -> Sequence[str]:
     if count == 1:
         return ["model.safetensors"]
     return [f"model-{number:05d}-of-{count:05d}.safetensors" for number in range(1, count + 1)]
+
+
+def _bytes(tensor: torch.Tensor) -> memoryview:
+    """The memory of a contiguous tensor."""
+    numbers: Any = tensor.view(-1).view(torch.uint8).numpy()
+    return memoryview(numbers)
 
 
 def _whole(file: Any, length: int) -> bytes:
