@@ -1,72 +1,78 @@
-"""Tuned models to export, and what their proofs say."""
+"""Tuned models on disk, as the trainer leaves them, without a training."""
 
+import json
 import shutil
 from pathlib import Path
 from typing import Any
 
 import torch
-from fidelity.families import FAMILIES
-from fidelity.jobs import Recorder, chats
 from fidelity.tiny import with_lora
-from transformers import AutoTokenizer, PreTrainedModel
+from peft import PeftModel
+from peft.utils import get_peft_model_state_dict
+from safetensors.torch import save_file
+from torch import nn
+from transformers import AutoModelForCausalLM, PreTrainedModel
 
-from luthier.trainer.v1.task_pb2 import DatasetSource
-from luthier.v1.export_proof_pb2 import ExportProof
-from luthier.v1.export_task_pb2 import ExportTask
+from luthier.v1 import export_task_pb2
 from luthier_trainer import inspect
-from luthier_trainer.export.perform import write_files
-from luthier_trainer.export.proof import prove
+from luthier_trainer.export.merged import write_merged
 from luthier_trainer.export.source import Tuned
 from luthier_trainer.stop import never
 
-ADDED = "<|tool|>"
+IDS = torch.arange(5, 45)[None]
+F32 = export_task_pb2.MergedExport(weights=export_task_pb2.WEIGHT_TYPE_F32)
+TOKENIZER = ("tokenizer.json", "tokenizer_config.json", "chat_template.jinja")
 
 
-def random_base(folder: Path, family: str = "llama", *, added: bool = False, **changes: Any) -> Path:
-    """A random model of a family with the tokenizer and template of `builtin/tiny`; `added`: with a token more, in a
-    vocabulary that was made longer for it and a little more."""
-    folder.mkdir(parents=True)
-    tokenizer = AutoTokenizer.from_pretrained(inspect.BUILTIN / "tiny")
-    if added:
-        tokenizer.add_special_tokens({"additional_special_tokens": ["<|im_start|>", ADDED]})
-    tokenizer.save_pretrained(folder)
-    known = next(each for each in FAMILIES if each.name == family)
-    sizes = {"vocab_size": 4104 if added else 4096, "bos_token_id": None, "max_position_embeddings": 256}
-    model = known.model(torch.float32, **sizes | changes)
-    model.generation_config.eos_token_id = tokenizer.eos_token_id
-    model.save_pretrained(folder)
-    return folder
-
-
-def adapted(base: Path, folder: Path, model: PreTrainedModel, **kind: Any) -> Tuned:
-    """A tuned model whose adapter is random and strong; `kind`: as for `with_lora`."""
-    trained = with_lora(model, **kind)
+def tuned(folder: Path, base: PreTrainedModel, **kind: Any) -> Tuned:
+    """The base and an adapter on it whose every number matters, below `folder`. `kind`: as of `with_lora`."""
+    base.save_pretrained(folder / "base")
+    model = folder / "model"
+    model.mkdir()
+    for name in TOKENIZER:
+        shutil.copy(inspect.BUILTIN / "tiny" / name, model / name)
+    trained = with_lora(base, **kind)
     assert trained.peft is not None
-    trained.peft.save_pretrained(str(folder), save_embedding_layers=False)
-    for name in ("tokenizer.json", "tokenizer_config.json", "chat_template.jinja"):
-        shutil.copyfile(base / name, folder / name)
-    return Tuned(folder, base, folder, "model_1", "tiny")
+    torch.manual_seed(3)
+    for name, each in trained.peft.named_parameters():
+        if "modules_to_save" in name:
+            nn.init.normal_(each, std=0.1)
+        elif "lora_embedding_B" in name or "lora_embedding_A" in name:
+            nn.init.normal_(each, std=0.2)
+        elif "magnitude" in name:
+            each.data.mul_(1 + 0.1 * torch.rand_like(each))
+    state = get_peft_model_state_dict(trained.peft, save_embedding_layers=False)
+    state = {name: each.contiguous().clone() for name, each in state.items()}
+    save_file(state, model / "adapter_model.safetensors", metadata={"format": "pt"})
+    trained.peft.peft_config["default"].save_pretrained(str(model))
+    (model / "luthier.json").write_text(json.dumps({"format": 1, "model_id": "model_1"}))
+    return Tuned(model, folder / "base", model, "model_1", "builtin/tiny")
 
 
-def rows(folder: Path, count: int = 6) -> DatasetSource:
-    """Short chats."""
-    return DatasetSource(path=str(chats(folder / "chats.jsonl", count)), id="ds_1", name="chats@1", rows=count)
-
-
-def export_to(folder: Path, tuned: Tuned, export: ExportTask) -> Path:
-    """Writes the export."""
-    shutil.rmtree(folder, ignore_errors=True)
-    folder.mkdir(parents=True)
-    write_files(tuned, export, folder, lambda _done, _total: None, never)
+def merged(source: Tuned, folder: Path, options: export_task_pb2.MergedExport = F32) -> Path:
+    """The merged model's directory."""
+    folder.mkdir()
+    write_merged(source, options, folder, lambda _done, _total: None, never)
     return folder
 
 
-def proof_of(tuned: Tuned, exported: Path, export: ExportTask, dataset: DatasetSource) -> ExportProof:
-    """The proof of what lies in `exported`."""
-    return prove(tuned, exported, export, dataset, exported.parent / "cache", Recorder(), never)
+def peft_logits(source: Tuned) -> torch.Tensor:
+    """What the base and the adapter give through PEFT."""
+    assert source.adapter is not None
+    base = AutoModelForCausalLM.from_pretrained(source.base, dtype=torch.float32)
+    return logits(PeftModel.from_pretrained(base, str(source.adapter)))
 
 
-def failed(proof: ExportProof) -> dict[str, str]:
-    """The messages of the checks that failed, by name."""
-    assert proof.passed == all(each.passed for each in proof.checks)
-    return {each.name: each.message for each in proof.checks if not each.passed}
+def logits(model: nn.Module) -> torch.Tensor:
+    """The model's answer to the same tokens each time."""
+    with torch.no_grad():
+        found: torch.Tensor = model.train(False)(input_ids=IDS).logits
+    return found
+
+
+def loaded_logits(folder: Path) -> torch.Tensor:
+    """The answer of a model that transformers loads, of which no weight may be missing or left over."""
+    loaded: Any = AutoModelForCausalLM.from_pretrained(folder, dtype=torch.float32, output_loading_info=True)
+    model, told = loaded
+    assert not any(told.values()), told
+    return logits(model)
