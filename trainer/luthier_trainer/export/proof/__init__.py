@@ -7,12 +7,12 @@ loaded (`loaders`) and asked the same, and the answers are compared (`compare`) 
 
 import contextlib
 import json
-import os
 import tempfile
 from collections.abc import Callable, Iterator
 from pathlib import Path
 
 import numpy as np
+import torch
 from google.protobuf.json_format import ParseDict, ParseError
 
 from luthier.trainer.v1.task_pb2 import DatasetSource
@@ -145,7 +145,8 @@ def _loaded(
             from luthier_trainer.export.proof.loaders import llama
 
             with _gguf_files(tuned, exported, export.gguf, cache, check) as (file, adapter):
-                threads = len(os.sched_getaffinity(0))
+                # llama.cpp's threads wait by spinning: no more of them than torch was given.
+                threads = torch.get_num_threads()
                 with llama.load(file, adapter, longest=reference.longest, threads=threads) as artefact:
                     yield llama.loader(), artefact
         case other:
