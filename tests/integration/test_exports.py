@@ -261,6 +261,23 @@ def test_a_deleted_export_is_gone_and_its_job_and_model_stay(daemon: Daemon, mod
     daemon.models.GetModel(md.GetModelRequest(model_id=model))
 
 
+def test_a_model_is_exported_by_name_and_kept_as_long_as_its_exports(daemon: Daemon) -> None:
+    model = tuned(daemon, model_name="exported")
+    made = exported(daemon, "exported@1")
+    assert made.model_id == model
+    assert "exported@1" not in (daemon.data_dir / "exports" / made.id / "part-001.txt").read_text()
+    assert [each.id for each in daemon.models.ListExports(md.ListExportsRequest(model_id="exported")).exports] == [
+        made.id
+    ]
+    lineage = daemon.models.GetModelLineage(md.GetModelLineageRequest(model_id=model))
+    assert (model, made.id, "export") in [(each.from_id, each.to_id, each.relation) for each in lineage.edges]
+    with pytest.raises(grpc.RpcError) as needed:
+        daemon.models.DeleteModel(md.DeleteModelRequest(model_id=model))
+    assert [each.subject for each in details(needed.value)["PreconditionFailure"].violations] == [made.id]
+    daemon.models.DeleteExport(md.DeleteExportRequest(export_id=made.id))
+    daemon.models.DeleteModel(md.DeleteModelRequest(model_id=model))
+
+
 def test_an_export_outlives_its_job(daemon: Daemon, model: str) -> None:
     made = exported(daemon, model)
     daemon.fine_tuning.DeleteJob(ft.DeleteJobRequest(job_id=made.job_id))
