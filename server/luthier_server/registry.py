@@ -1,27 +1,14 @@
 """Models: what a job can start from, and what jobs made."""
 
-import asyncio
-import hashlib
 from collections.abc import Mapping, Sequence
-from dataclasses import dataclass
 from pathlib import Path
 
 from luthier.trainer.v1.report_pb2 import ModelReport
-from luthier_server.errors import InvalidArgument, NotFound, Violation
+from luthier_server.errors import InvalidArgument, Violation
 from luthier_server.references import is_model_id
 from luthier_server.store.database import Database
 from luthier_server.store.models import Model, Models
 from luthier_server.workers import Workers
-
-
-@dataclass(frozen=True, slots=True)
-class File:
-    """A file of a model or checkpoint: its path on disk and as it is called from outside."""
-
-    path: Path
-    name: str
-    size_bytes: int
-    sha256: str
 
 
 class Registry:
@@ -73,19 +60,3 @@ class Registry:
         if base_model.startswith("builtin/"):
             self._builtin[base_model] = report
         return report
-
-    async def files(self, directory: Path) -> list[File]:
-        """Every file below a model's or checkpoint's directory, hashed, in a stable order. Raises NotFound."""
-        if not directory.is_dir():
-            raise NotFound("model", directory.name, "its files are gone")
-        return await asyncio.to_thread(_files, directory)
-
-
-def _files(directory: Path) -> list[File]:
-    found = []
-    for path in sorted(directory.rglob("*")):
-        if path.is_file() and not path.is_symlink():
-            with open(path, "rb") as file:
-                sha256 = hashlib.file_digest(file, "sha256").hexdigest()
-            found.append(File(path, path.relative_to(directory).as_posix(), path.stat().st_size, sha256))
-    return found

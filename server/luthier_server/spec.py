@@ -78,6 +78,8 @@ def cross_violations(spec: JobSpec) -> Iterator[Violation]:
         yield Violation("spec.priority", "is not honoured yet: leave it unset")
     if spec.HasField("resources"):
         yield Violation("spec.resources", "is not honoured yet: leave it unset")
+    if spec.WhichOneof("task") == "export":
+        yield Violation("spec.export", "is created by Models.ExportModel (luthier model export), not here")
     if spec.WhichOneof("task") != "fine_tune":
         return
     task = spec.fine_tune

@@ -76,7 +76,7 @@ def test_every_setting_is_written_down_with_its_flag_variable_and_default() -> N
             assert default == "none"
         elif isinstance(field.default, tuple):
             assert default == (", ".join(f"`{each}`" for each in field.default) or "none")
-        elif name not in ("data_dir", "trainer_python", "model_root", "import_root"):
+        elif name not in ("data_dir", "trainer_python", "model_root", "import_root", "export_root"):
             expected = str(field.default).lower() if isinstance(field.default, bool) else str(field.default)
             assert default == f"`{expected}`"
 

@@ -227,9 +227,11 @@ def writes(call: F) -> F:
     return call
 
 
-def service_handler(service: ServiceDescriptor, implementation: object) -> grpc.GenericRpcHandler:
-    """The handler of a whole service: each method of the contract, by name, from `implementation`."""
-    handlers = {
-        method.name: _handler(method, getattr(implementation, method.name), method.name) for method in service.methods
-    }
+def service_handler(service: ServiceDescriptor, *implementations: object) -> grpc.GenericRpcHandler:
+    """The handler of a whole service: each method of the contract, by name, from the one implementation that has it.
+    Raises ValueError when none has, or several."""
+    handlers = {}
+    for method in service.methods:
+        (call,) = (getattr(each, method.name) for each in implementations if hasattr(each, method.name))
+        handlers[method.name] = _handler(method, call, method.name)
     return grpc.method_handlers_generic_handler(service.full_name, handlers)

@@ -2,6 +2,7 @@
 
 from luthier.v1.checkpoint_pb2 import Checkpoint as CheckpointProto
 from luthier.v1.dataset_pb2 import Dataset as DatasetProto
+from luthier.v1.export_pb2 import Export as ExportProto
 from luthier.v1.job_pb2 import Job as JobProto
 from luthier.v1.model_pb2 import AliasMove, LineageEdge, LineageNode, ModelAlias, ModelName, ModelVersion
 from luthier.v1.model_pb2 import Model as ModelProto
@@ -10,6 +11,7 @@ from luthier_server.change import timestamp
 from luthier_server.job import FAILED, Job
 from luthier_server.lineage import Graph
 from luthier_server.store.datasets import Dataset
+from luthier_server.store.exports import Export
 from luthier_server.store.jobs import Checkpoint
 from luthier_server.store.model_names import Alias, Name
 from luthier_server.store.models import Model, Version
@@ -28,6 +30,7 @@ def job_proto(job: Job, history_id: str, queue_position: int = 0) -> JobProto:
         last_sequence=job.last_sequence,
         history_id=history_id,
         model_id=job.model_id,
+        export_id=job.export_id,
         create_time=timestamp(job.create_time),
         start_time=timestamp(job.start_time) if job.start_time else None,
         end_time=timestamp(job.end_time) if job.end_time else None,
@@ -63,6 +66,21 @@ def dataset_proto(dataset: Dataset) -> DatasetProto:
         source=dataset.source,
         lineage=dataset.lineage,
         warnings=dataset.warnings,
+    )
+
+
+def export_proto(export: Export) -> ExportProto:
+    """An export as clients see it."""
+    return ExportProto(
+        id=export.id,
+        model_id=export.model_id,
+        job_id=export.job_id,
+        task=export.task,
+        files=export.files,
+        size_bytes=export.size_bytes,
+        proof=export.proof,
+        create_time=timestamp(export.create_time),
+        destination_uri=export.destination_uri,
     )
 
 

@@ -1,16 +1,12 @@
 """Models, a thin layer over the parts that it names."""
 
-import asyncio
-from collections.abc import AsyncIterator
 from dataclasses import dataclass
 
 from luthier.v1 import models_pb2 as md
-from luthier.v1.model_pb2 import ModelFile
 from luthier_server.aliases import Aliases
 from luthier_server.cards import Cards
 from luthier_server.deletions import Deletions
 from luthier_server.grpc import paging
-from luthier_server.grpc.boundary import Context
 from luthier_server.grpc.convert import alias_proto, lineage_proto, model_proto, name_proto, version_proto
 from luthier_server.lineage import Lineages
 from luthier_server.references import References
@@ -18,7 +14,6 @@ from luthier_server.registrations import Registrations
 from luthier_server.registry import Registry
 
 TENANT = "default"
-_CHUNK = 256 * 1024
 
 
 @dataclass(frozen=True, slots=True)
@@ -121,24 +116,3 @@ class ModelService:
         """Tells what a model was made of, and what was made of it."""
         model = await self._references.model(TENANT, request.model_id)
         return lineage_proto(await self._lineages.of(TENANT, model))
-
-    async def DownloadModel(
-        self, request: md.DownloadModelRequest, context: Context
-    ) -> AsyncIterator[md.DownloadModelResponse]:
-        """Streams the files of a model or checkpoint."""
-        found = await self._references.find(TENANT, request.model_id)
-        files = await self._registry.files(found.directory)
-        yield md.DownloadModelResponse(
-            manifest=md.DownloadManifest(
-                files=[ModelFile(path=each.name, size_bytes=each.size_bytes, sha256=each.sha256) for each in files]
-            )
-        )
-        for each in files:
-            with await asyncio.to_thread(open, each.path, "rb") as file:
-                offset = 0
-                while data := await asyncio.to_thread(file.read, _CHUNK):
-                    yield md.DownloadModelResponse(chunk=md.FileChunk(path=each.name, offset=offset, data=data))
-                    offset += len(data)
-
-    # A service without its methods does not start; exports bring theirs.
-    ExportModel = GetExport = ListExports = DeleteExport = GetModel

@@ -9,8 +9,10 @@ import pytest
 from google.protobuf.message import Message
 
 from luthier.v1.dataset_pb2 import DatasetFormat, DatasetLineage, DatasetReading
+from luthier.v1.export_proof_pb2 import ExportProof
+from luthier.v1.export_task_pb2 import ExportTask, GgufExport
 from luthier.v1.job_pb2 import JobError, JobSpec, JobState, Progress
-from luthier.v1.model_pb2 import LineageKind
+from luthier.v1.model_pb2 import LineageKind, ModelFile
 from luthier_server import errors
 from luthier_server.change import Change
 from luthier_server.grpc import boundary, convert, paging
@@ -18,6 +20,7 @@ from luthier_server.ids import Ids
 from luthier_server.job import FAILED, TERMINAL, TRANSITIONS, IllegalTransition, Job, check_transition
 from luthier_server.lineage import Edge, Graph, Node
 from luthier_server.store.datasets import Dataset
+from luthier_server.store.exports import Export
 from luthier_server.store.jobs import Checkpoint
 from luthier_server.store.model_names import Alias, Move, Name
 from luthier_server.store.models import Model, Version
@@ -40,6 +43,7 @@ def a_job(**fields: Any) -> Job:
         start_time=2,
         end_time=3,
         retry_time=4,
+        export_id="export_1",
     )
     return dataclasses.replace(job, **fields)
 
@@ -96,6 +100,13 @@ def a_model() -> Model:
     )
 
 
+def an_export() -> Export:
+    file = ModelFile(path="model.gguf", size_bytes=1, sha256="0" * 64)
+    task = ExportTask(model="model_1", gguf=GgufExport())
+    proof = ExportProof(loader="llama.cpp", passed=True)
+    return Export("export_1", "default", "model_1", "job_1", task, [file], proof, 1, "s3://models/1", 1)
+
+
 @pytest.mark.parametrize(
     "message",
     [
@@ -110,6 +121,7 @@ def a_model() -> Model:
         convert.lineage_proto(LINEAGE),
         convert.lineage_proto(LINEAGE).nodes[0],
         convert.lineage_proto(LINEAGE).edges[0],
+        convert.export_proto(an_export()),
     ],
     ids=lambda message: type(message).__name__,
 )

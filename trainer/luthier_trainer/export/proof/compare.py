@@ -1,0 +1,243 @@
+"""Checks of an export against the tuned model.
+
+Rounding may choose another of two tokens that the tuned model holds for nearly as likely, and a greedy answer then goes
+another way. An export is blamed for such a choice only where the tuned model sets its own choice apart from the
+export's by more than its type's `tie`: a nearer one counts as the same, and an answer is compared up to there.
+
+An export need not write an answer to be compared: it reads the tuned model's. It would write the same if and only if
+its own likeliest token is, at each place of it, the one that is there.
+"""
+
+import math
+from collections.abc import Iterator, Sequence
+
+import numpy as np
+
+from luthier.v1.export_proof_pb2 import ProofCheck
+from luthier_trainer.errors import TrainingError
+from luthier_trainer.export.proof.artefact import Artefact
+from luthier_trainer.export.proof.measure import Continuation, Judged, Standing
+from luthier_trainer.export.proof.reference import Reference
+from luthier_trainer.export.proof.texts import HARD_TEXTS
+from luthier_trainer.export.proof.thresholds import Thresholds
+
+_SHOWN = 60
+
+
+def tokenization(reference: Reference, artefact: Artefact) -> ProofCheck:
+    """TOKENIZATION: the tokens of the rows, of their prompts, and of texts that are hard."""
+    total = equal = 0
+    message = ""
+    for name, text, special, expected in _texts(reference):
+        found = artefact.tokenise(text, special=special)
+        total += 1
+        equal += found == expected
+        if found != expected and not message:
+            message = f"{name}: {_first_token(reference, expected, found)}"
+    return _share("TOKENIZATION", equal, total, message or f"{total} texts have the same tokens")
+
+
+def template(reference: Reference, artefact: Artefact) -> ProofCheck:
+    """TEMPLATE: the conversations as the export's own template writes them, whole and up to the answer."""
+    chats = [row for row in reference.rows if row.passage.messages is not None]
+    if not chats:
+        return _share("TEMPLATE", 0, 0, "the rows are raw text, which needs no template")
+    try:
+        own = artefact.template(reference.template)
+    except TrainingError as error:
+        return _share("TEMPLATE", 0, len(chats), error.message)
+    equal, message = 0, ""
+    for row in chats:
+        try:
+            different = [
+                _first_character(expected, own.render(each.messages or [], tools=each.tools, prompt=each.to_answer)[0])
+                for each, expected in ((row.passage, row.text), (row.prompt, row.prompt_text))
+            ]
+        except TrainingError as error:
+            different = [error.message]
+        said = "".join(different[:1]) or "".join(different)
+        equal += not said
+        if said and not message:
+            message = f"line {row.line}: {said}"
+    return _share("TEMPLATE", equal, len(chats), message or f"{len(chats)} conversations are written the same")
+
+
+def stop_tokens(reference: Reference, artefact: Artefact) -> ProofCheck:
+    """STOP_TOKENS: whether generation stops at every token that the rows teach to end a turn with."""
+    taught = sorted(reference.taught)
+    lost = [each for each in taught if each not in artefact.ends]
+    names = ", ".join(map(reference.name_of, taught))
+    if lost:
+        ends = ", ".join(map(reference.name_of, sorted(artefact.ends))) or "nothing"
+        message = f"training ends turns with {reference.name_of(lost[0])} ({lost[0]}), and the export stops at {ends}"
+    else:
+        message = f"it stops at {names}" if names else "the rows teach no token to stop at"
+    return _share("STOP_TOKENS", len(taught) - len(lost), len(taught), message)
+
+
+def numbers(
+    reference: Reference,
+    found: Sequence[Judged],
+    answers: Sequence[Judged],
+    ends: frozenset[int],
+    thresholds: Thresholds,
+) -> list[ProofCheck]:
+    """TOP1_AGREEMENT, LOGPROB_DIFFERENCE, PERPLEXITY_RATIO and GREEDY_TEXT, as far as the type is judged by them.
+    found, answers: what the export thinks of the rows and of the tuned model's answers; ends: at which it stops."""
+    checks = [_top1(reference, found, thresholds)]
+    if thresholds.logprob is not None:
+        checks.append(_logprob(reference, found, thresholds.logprob))
+    checks.append(_perplexity(reference, found, thresholds.perplexity))
+    if thresholds.greedy is not None:
+        checks.append(_greedy(reference, answers, ends, thresholds.greedy, thresholds.tie))
+    return checks
+
+
+def _top1(reference: Reference, found: Sequence[Judged], thresholds: Thresholds) -> ProofCheck:
+    total = same = tied = 0
+    message = ""
+    for row, expected, judged in zip(reference.rows, reference.standings, found, strict=True):
+        for place, token in enumerate(judged.best.tolist()):
+            total += 1
+            if token == expected.ids[place, 0]:
+                same += 1
+            elif _apart(expected, place, token) <= thresholds.tie:
+                tied += 1
+            elif not message:
+                own = int(expected.ids[place, 0])
+                message = (
+                    f"first at line {row.line}, position {row.positions[place]}: {reference.name_of(own)!r} ({own}) is "
+                    f"the likeliest token, and in the export {reference.name_of(token)!r} ({token})"
+                )
+    agree = f"{same} of {total} likeliest tokens are the same" + f", {tied} nearly tied" * (tied > 0)
+    return ProofCheck(
+        name="TOP1_AGREEMENT",
+        passed=(same + tied) / total >= thresholds.top1,
+        value=(same + tied) / total,
+        limit=thresholds.top1,
+        message=agree + f"; {message}" * bool(message),
+    )
+
+
+def _logprob(reference: Reference, found: Sequence[Judged], at_one: float) -> ProofCheck:
+    spread = float(np.concatenate([each.spread for each in reference.standings]).mean(dtype=np.float64))
+    limit = at_one * max(1.0, spread)
+    largest, where, mean, count = -1.0, "", 0.0, 0
+    for row, expected, judged in zip(reference.rows, reference.standings, found, strict=True):
+        targets = np.abs(judged.target.astype(np.float64) - expected.target)
+        others = np.abs(judged.at.astype(np.float64) - expected.logprobs)
+        mean += float(targets.sum())
+        count += len(targets)
+        every = np.concatenate([targets[:, None], others], axis=1)
+        place, column = np.unravel_index(int(every.argmax()), every.shape)
+        if every[place, column] > largest:
+            largest = float(every[place, column])
+            token = row.targets[place] if column == 0 else int(expected.ids[place, column - 1])
+            own = expected.target[place] if column == 0 else expected.logprobs[place, column - 1]
+            other = judged.target[place] if column == 0 else judged.at[place, column - 1]
+            where = (
+                f"at line {row.line}, position {row.positions[place]}, token {reference.name_of(token)!r} ({token}): "
+                f"{own:.6g} and in the export {other:.6g}"
+            )
+    message = f"largest {largest:.3g} nats, mean {mean / count:.3g}; largest {where}"
+    return ProofCheck(
+        name="LOGPROB_DIFFERENCE",
+        passed=largest <= limit,
+        value=largest,
+        limit=limit,
+        message=message,
+        is_ceiling=True,
+    )
+
+
+def _perplexity(reference: Reference, found: Sequence[Judged], limit: float) -> ProofCheck:
+    own = -float(np.concatenate([each.target for each in reference.standings]).mean(dtype=np.float64))
+    other = -float(np.concatenate([each.target for each in found]).mean(dtype=np.float64))
+    ratio = math.exp(min(abs(other - own), 700.0)) if math.isfinite(other) else math.inf
+    message = f"perplexity {_exp(own):.6g}, of the export {_exp(other):.6g}"
+    return ProofCheck(
+        name="PERPLEXITY_RATIO", passed=ratio <= limit, value=ratio, limit=limit, message=message, is_ceiling=True
+    )
+
+
+def _greedy(
+    reference: Reference, found: Sequence[Judged], ends: frozenset[int], limit: float, tie: float
+) -> ProofCheck:
+    equal, message = 0, ""
+    for row, expected, judged in zip(reference.rows, reference.continuations, found, strict=True):
+        said = _other_answer(reference, expected, judged, ends, tie)
+        equal += not said
+        if said and not message:
+            message = f"line {row.line}: {said}"
+    value = equal / len(reference.rows)
+    message = message or f"{equal} answers are the same"
+    return ProofCheck(name="GREEDY_TEXT", passed=value >= limit, value=value, limit=limit, message=message)
+
+
+def _other_answer(
+    reference: Reference, expected: Continuation, judged: Judged, ends: frozenset[int], tie: float
+) -> str:
+    """How an answer differs; empty where it does not, or goes another way at a tie."""
+    for place, (own, other) in enumerate(zip(expected.ids, judged.best.tolist(), strict=True)):
+        if own != other:
+            if _apart(expected.standing, place, other) <= tie:
+                return ""
+            return (
+                f"token {place} of the answer is {reference.name_of(own)!r} ({own}), "
+                f"in the export {reference.name_of(other)!r} ({other})"
+            )
+        if own in ends and place + 1 < len(expected.ids):
+            return f"the export stops at {reference.name_of(own)!r}, where the tuned model goes on"
+    if expected.stopped and expected.ids[-1] not in ends:
+        return f"the export goes on after {reference.name_of(expected.ids[-1])!r}, where the tuned model stops"
+    return ""
+
+
+def _apart(expected: Standing, place: int, token: int) -> float:
+    """By how many spreads the tuned model prefers its own choice to the token; of a token that is not among its
+    likeliest, at least."""
+    at = np.flatnonzero(expected.ids[place] == token)
+    column = int(at[0]) if len(at) else -1
+    gap = float(expected.logprobs[place, 0]) - float(expected.logprobs[place, column])
+    if not len(at):
+        gap += 1e-6  # it is not as near as the last of them
+    return gap / max(float(expected.spread[place]), 1e-12)
+
+
+def _texts(reference: Reference) -> Iterator[tuple[str, str, bool, list[int]]]:
+    """(what it is, the text, whether with what the tokenizer adds, its tokens)."""
+    for row in reference.rows:
+        yield f"line {row.line}", row.text, False, list(row.whole_ids)
+        yield f"the prompt of line {row.line}", row.prompt_text, False, list(row.whole_prompt_ids)
+    for text, (plain, special) in zip(HARD_TEXTS, reference.hard, strict=True):
+        yield f"the text {text[:_SHOWN]!r}", text, False, plain
+        yield f"the text {text[:_SHOWN]!r} with what the tokenizer adds", text, True, special
+
+
+def _first_token(reference: Reference, expected: Sequence[int], found: Sequence[int]) -> str:
+    for place, (own, other) in enumerate(zip(expected, found, strict=False)):
+        if own != other:
+            return f"token {place} is {reference.name_of(own)!r} ({own}), in the export {other}"
+    return f"{len(expected)} tokens, in the export {len(found)}"
+
+
+def _first_character(expected: str, found: str) -> str:
+    """Where two texts part; empty where they do not."""
+    if expected == found:
+        return ""
+    pairs = zip(expected, found, strict=False)
+    place = next((at for at, (a, b) in enumerate(pairs) if a != b), min(len(expected), len(found)))
+    return (
+        f"from character {place} the template writes {expected[place:][:_SHOWN]!r}, "
+        f"in the export {found[place:][:_SHOWN]!r}"
+    )
+
+
+def _share(name: str, equal: int, total: int, message: str) -> ProofCheck:
+    """A check that asks for all of them; where there is nothing to compare it holds."""
+    value = equal / total if total else 1.0
+    return ProofCheck(name=name, passed=equal == total, value=value, limit=1.0, message=message)
+
+
+def _exp(value: float) -> float:
+    return math.exp(value) if value < 700 else math.inf

@@ -1,0 +1,40 @@
+"""Texts that tokenizers get wrong when they are rewritten in another form."""
+
+# ruff: noqa: RUF001 (characters that look like others are the point)
+
+HARD_TEXTS = (
+    "",
+    " ",
+    "   ",
+    "\n",
+    "\n\n\n",
+    "\t\tif x:\r\n\t\t\treturn\r\n",
+    " leading and trailing ",
+    "two  spaces   three    four",
+    "1234567890 3.14159 1,000,000 12345 2024-07-26",
+    "don't we'll THEY'RE it's I'M o'clock",
+    "CamelCase snake_case SCREAMING_CASE kebab-case x86_64",
+    "def f(a, *, b=None) -> dict[str, int]:\n    return {'a': [1, 2]}  # done\n",
+    '{"name": "Ada", "tags": ["a", "b"], "n": -1.5e-3, "none": null}',
+    "https://example.org/a/b?c=d&e=%20f#g",
+    "Grüße aus Zürich, où est l'été? ¿Qué? Ñandú, İstanbul, ß",
+    "e\u0301 \u00e9 n\u0303 \u00f1 \ufb01 \u2126 \u03a9",
+    "Привет, мир! Съешь ещё этих мягких французских булок.",
+    "你好，世界！日本語のテキスト、カタカナ。한국어 문장입니다.",
+    "مرحبا بالعالم שלום עולם हिन्दी में पाठ ไทย",
+    "😀 👍🏽 👩‍👩‍👧‍👦 🇩🇪 ❤️ 🏳️‍🌈",
+    "a\u00a0b\u2009c\u200bd\u3000e\ufefff",
+    "\u0000\u0001\u007f",
+    "…—–“quoted”‘single’ ½ ² ™ €100 £5 ∑∫√",
+    "!!!??? ... ,,, ;;; ((())) [[[]]] {{{}}} <<<>>> ### *** ~~~ ```",
+    "=" * 40 + "\n" + "-" * 33 + "\n" + " " * 17 + "x",
+    "aaaaaaaaaaaaaaaaaaaaaaaaaaaaaaaaaaaaaaaaaaaaaaaaaaaaaaaaaaaaaaaaaaaaaaaaaaaaaaaa",
+    "<|im_start|>user\nHello<|im_end|>\n<|im_start|>assistant\n",
+    "<|begin_of_text|><|start_header_id|>user<|end_header_id|>\n\nHi<|eot_id|><|end_of_text|>",
+    "<bos><start_of_turn>user\nHi<end_of_turn>\n<eos>",
+    "<s>[INST] Hi [/INST] Hello</s>",
+    "<|endoftext|><|im_end |>< |im_end|><|IM_END|><unk><pad><0x0A>",
+    "<think>\n\n</think>\n\nSo <tool_call>{}</tool_call>",
+)
+"""Empty and blank texts, runs of spaces, lines and tabs, digits, contractions, code, accents composed and not, other
+scripts, emoji of several code points, odd spaces, control characters, and what looks like special tokens."""
