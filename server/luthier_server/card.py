@@ -198,7 +198,8 @@ def _use(subject: Subject, form: Form) -> Iterator[str]:
         yield "from peft import PeftModel"
         yield "from transformers import AutoModelForCausalLM, AutoTokenizer"
         yield ""
-        yield f"base = AutoModelForCausalLM.from_pretrained({literal(_hub_base(subject) or _shown(subject.base))}{pinned})"
+        base = literal(_hub_base(subject) or _shown(subject.base))
+        yield f"base = AutoModelForCausalLM.from_pretrained({base}{pinned})"
         yield 'model = PeftModel.from_pretrained(base, "DIRECTORY")'
     else:
         yield "from transformers import AutoModelForCausalLM, AutoTokenizer"
