@@ -3,12 +3,13 @@
 import hashlib
 import json
 import logging
-from collections.abc import Iterator
+from collections.abc import Iterator, Mapping
+from http.server import BaseHTTPRequestHandler
 from pathlib import Path
-from typing import Any
+from urllib.parse import unquote
 
 import pytest
-from unit.trainer.fetches import send, web
+from unit.trainer.fetches import Answer, send, web
 from unit.trainer.publishing import KEY, PART, S3, SECRET, Attempt, breaking, export, killed_on_the_way, s3_server
 
 from luthier_trainer.export.publish import store
@@ -221,35 +222,53 @@ def test_what_is_wrong_is_told_apart_and_no_log_holds_the_secret(
     assert all(SECRET.encode() not in data and KEY.encode() not in data for data in s3.below("logged").values())
 
 
-def test_a_store_whose_etags_say_nothing_is_read_back(tmp_path: Path) -> None:
-    copied = export(tmp_path / "export", weights=1000)
-    objects: dict[str, bytes] = {}
-    damage: dict[str, bytes] = {}
+def opaque(objects: dict[str, bytes], damage: dict[str, bytes]) -> Answer:
+    """A store whose ETags say nothing, as far as Google's and Azure's are alike. damage: what it keeps of a file in
+    place of its bytes."""
 
-    def gcs(handler: Any) -> None:
-        path = handler.path.partition("?")[0]
+    def answer(handler: BaseHTTPRequestHandler) -> None:
+        path, _, query = handler.path.partition("?")
+        path = unquote(path)
         data = handler.rfile.read(int(handler.headers.get("Content-Length") or 0))
-        known = {"ETag": '"opaque"', "Last-Modified": "Wed, 21 Oct 2026 07:28:00 GMT", "x-goog-generation": "1"}
+        known = {"ETag": '"0x8D"', "Last-Modified": "Wed, 21 Oct 2026 07:28:00 GMT", "x-goog-generation": "1"}
         if handler.command == "PUT":
-            objects[path] = damage.get(path.rpartition("%2F")[2], data)
-            send(b"", 200, known)(handler)
+            objects[path] = damage.get(path.rpartition("/")[2], data)
+            send(b"", 201, known)(handler)
         elif handler.command == "DELETE":
-            objects.pop(path, None)
+            objects.pop(path)
             send(b"", 204)(handler)
-        elif path in ("/models", "/models/"):
+        elif "comp=list" in query:
+            send(b"<EnumerationResults><Blobs></Blobs></EnumerationResults>")(handler)
+        elif "list-type" in query:
             send(b"<ListBucketResult></ListBucketResult>")(handler)
         elif path in objects:
             send(objects[path], 200, known)(handler)
         else:
             send(b"", 404)(handler)
 
+    return answer
+
+
+@pytest.mark.parametrize(
+    ("scheme", "variables"),
+    [
+        ("gs", {"GOOGLE_BASE_URL": "", "GOOGLE_BEARER_TOKEN": SECRET}),
+        ("az", {"AZURE_ENDPOINT": "", "AZURE_STORAGE_ACCOUNT_NAME": "us", "AZURE_STORAGE_ACCOUNT_KEY": "aHVudGVyMg=="}),
+    ],
+)
+def test_a_store_whose_etags_say_nothing_is_read_back(
+    scheme: str, variables: Mapping[str, str], tmp_path: Path
+) -> None:
+    copied = export(tmp_path / "export", weights=1000)
+    objects: dict[str, bytes] = {}
+    damage = {"tokenizer.json": b'{"version": "1.1"}'}
     with web(methods=("PUT", "DELETE")) as site:
-        site.default = gcs
-        secret = json.dumps({"GOOGLE_BASE_URL": site.url, "GOOGLE_BEARER_TOKEN": SECRET})
-        damage["tokenizer%2Ejson"] = b'{"version": "1.1"}'
-        error = Attempt(copied, secret).refused("gs://models/bot")
+        site.default = opaque(objects, damage)
+        secret = json.dumps({name: value or site.url for name, value in variables.items()})
+        error = Attempt(copied, secret).refused(f"{scheme}://models/bot")
         assert "tokenizer.json is not what was sent" in error.message and error.retryable
-        assert not any("manifest" in path for path in objects)
+        assert "/models/bot/manifest.json" not in objects
         damage.clear()
-        assert Attempt(copied, secret).to("gs://models/bot") == "gs://models/bot"
-    assert sorted(objects)[-1].endswith("tokenizer%2Ejson") and len(objects) == len(copied.files) + 1
+        assert Attempt(copied, secret).to(f"{scheme}://models/bot") == f"{scheme}://models/bot"
+    assert all(objects[f"/models/bot/{file.path}"] == copied.bytes_of(file.path) for file in copied.files)
+    assert json.loads(objects["/models/bot/manifest.json"])["export"] == "export_1"

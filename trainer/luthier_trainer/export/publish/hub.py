@@ -135,15 +135,21 @@ class _Watched(io.BufferedReader):
 
 @contextlib.contextmanager
 def _quiet() -> Iterator[None]:
-    """Keeps the library from logging: its warnings name the signed addresses that it sends files to."""
+    """Keeps the library from logging, as its warnings name the signed addresses that it sends files to, and from
+    drawing progress into the trainer's log."""
     from huggingface_hub.utils.logging import get_verbosity, set_verbosity
+    from huggingface_hub.utils.tqdm import are_progress_bars_disabled, disable_progress_bars, enable_progress_bars
 
-    level = get_verbosity()
+    level, drawn = get_verbosity(), not are_progress_bars_disabled()
     set_verbosity(logging.CRITICAL)
+    if drawn:
+        disable_progress_bars()
     try:
         yield
     finally:
         set_verbosity(level)
+        if drawn:
+            enable_progress_bars()
 
 
 def _causes(error: BaseException | None) -> Iterator[BaseException]:

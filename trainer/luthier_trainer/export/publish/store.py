@@ -53,7 +53,8 @@ def publish(place: Prefix, contents: Contents, secret: str, secret_name: str, me
 
 def _opened(place: Prefix, settings: Mapping[str, str]) -> "Store":
     if place.scheme == "s3":
-        settings = {"AWS_CHECKSUM_ALGORITHM": "sha256", **settings}
+        # Not every store of S3's kind can delete several objects at once.
+        settings = {"AWS_CHECKSUM_ALGORITHM": "sha256", "AWS_DISABLE_BULK_DELETE": "true", **settings}
     with credentials.nobody(place.scheme):
         return objects.opened(place.scheme, place.bucket, settings)
 
