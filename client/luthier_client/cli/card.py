@@ -17,7 +17,7 @@ def closing_card(picture: JobPicture) -> None:
     state = picture.state_name
     mark = _MARKS.get(state, ("·", "-"))[0 if output.speaks_unicode() else 1]
     title = output.colour(f"{mark} {state}", output.STATE_COLOURS.get(state), bold=True)
-    name = output.one_line(picture.job.spec.display_name or picture.exports, 60)
+    name = output.one_line(picture.exports or picture.job.spec.display_name, 60)
     click.echo(f"{title}  {picture.job.id}" + (f"  {name}" if name else ""))
     output.pairs(_rows(picture), indent="  ")
     _samples(picture)
@@ -83,8 +83,7 @@ def _rows(picture: JobPicture) -> list[tuple[str, str]]:
     arrow = "→" if output.speaks_unicode() else "->"
     rows = [("model", picture.model_id)] if picture.model_id else []
     if picture.exports:
-        rows = [("wrote", picture.exports), ("export", picture.export_id)]
-        rows += [("copy", picture.job.spec.export.destination.uri)]
+        rows = [("export", picture.export_id), ("copy", picture.job.spec.export.destination.uri)]
     steps, evaluations = picture.metrics.steps, picture.metrics.evaluations
     if steps:
         last = steps[-1]

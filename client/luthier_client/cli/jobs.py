@@ -160,7 +160,7 @@ def _summary(job: "Job") -> list[str]:
     step = f"{progress.step}/{progress.total_steps}" if progress.total_steps else ""
     loss = output.number(progress.loss) if progress.step else ""
     name = job.spec.display_name
-    if not name and job.spec.HasField("export"):
+    if job.spec.HasField("export"):
         name = f"{describe(job.spec.export)} of {job.spec.export.model}"
     return [job.id, _state(job), step, loss, output.age(job.create_time), name]
 

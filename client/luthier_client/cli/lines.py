@@ -81,7 +81,9 @@ def describe(event: JobEvent, picture: JobPicture) -> str | None:
         )
     if kind == "phase_progressed":
         phase = event.phase_progressed
-        done = f" {phase.completed:,}/{phase.total:,} {phase.unit}" if phase.total and phase.completed else ""
+        done = ""
+        if phase.total and phase.completed:
+            done = f" {output.done_of(phase.completed, phase.total, phase.unit)}"
         return output.clean(enums.short(Phase.DESCRIPTOR, phase.phase).replace("_", " ") + done)
     if kind == "learning_rate_found":
         return f"learning rate  {found_rate(event.learning_rate_found)}"

@@ -86,7 +86,7 @@ class LiveView:
         if seconds := picture.seconds():
             state.append(f" · {output.duration(seconds)}", style="dim")
         name = Text.assemble((output.one_line(picture.name, 60), "bold"))
-        base = picture.job.spec.fine_tune.base_model or (picture.exports if picture.name != picture.exports else "")
+        base = picture.job.spec.fine_tune.base_model
         if base and width >= 60:
             name.append(f"  {output.one_line(base, 40)}", style="dim")
         name.truncate(max(1, width - state.cell_len - 2), overflow="ellipsis")

@@ -89,7 +89,8 @@ def delete(ctx: click.Context, model_id: str, yes: bool) -> None:
         try:
             client.delete_model(whole)
         except FailedPrecondition as refused:
-            _advise(refused, whole)
+            if chosen.output == "table":
+                _advise(refused, whole)
             raise
     if chosen.output == "json":
         click.echo(json.dumps({"id": whole, "deleted": True}))
@@ -99,10 +100,12 @@ def delete(ctx: click.Context, model_id: str, yes: bool) -> None:
 
 def _advise(refused: "FailedPrecondition", model_id: str) -> None:
     """Puts the command that resolves it to each thing that depends on the model."""
-    refused.violations = [
-        (subject, f"{text} ({command})" if (command := resolving(subject, text, model_id)) else text)
-        for subject, text in refused.violations
-    ]
+    advised = []
+    for subject, text in refused.violations:
+        command = resolving(subject, text, model_id)
+        # Most sentences name their subject themselves.
+        advised.append(("" if subject in text else subject, f"{text} ({command})" if command else text))
+    refused.violations = advised
 
 
 def resolving(subject: str, text: str, model_id: str) -> str:

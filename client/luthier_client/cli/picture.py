@@ -65,8 +65,8 @@ class JobPicture:
 
     @property
     def name(self) -> str:
-        """What the job is called: its display name, else what it exports, else its id."""
-        return self.job.spec.display_name or self.exports or self.job.id
+        """What the job is called: what it exports, else its display name, else its id."""
+        return self.exports or self.job.spec.display_name or self.job.id
 
     @property
     def exports(self) -> str:
@@ -179,7 +179,7 @@ class JobPicture:
         name = enums.short(Phase.DESCRIPTOR, self.phase.phase).replace("_", " ")
         if not self.phase.total:
             return name
-        return f"{name} {self.phase.completed:,}/{self.phase.total:,} {self.phase.unit}".rstrip()
+        return f"{name} {output.done_of(self.phase.completed, self.phase.total, self.phase.unit)}"
 
     def _change(self, change: Any) -> None:
         self.state = change.state

@@ -28,10 +28,10 @@ def print_proof(proof: "ExportProof", indent: str = "") -> None:
     if not proof.checks:
         return
     rows = [
-        [indent + check.name.lower(), _number(check, check.value), _limit(check), "yes" if check.passed else "NO"]
+        [check.name.lower(), _number(check, check.value), _limit(check), "yes" if check.passed else "NO"]
         for check in proof.checks
     ]
-    output.table([f"{indent}CHECK", "VALUE", "LIMIT", "PASSED"], rows)
+    output.table(["CHECK", "VALUE", "LIMIT", "PASSED"], rows, indent)
     for check in proof.checks:
         if not check.passed and check.message:
             click.echo(f"{indent}{output.colour('!', 'red')} {output.one_line(check.message, 1000)}")
