@@ -197,6 +197,11 @@ class Jobs:
         rows = await self._database.read("SELECT * FROM attempts WHERE job_id = ? AND number = ?", (job_id, number))
         return _attempt(rows[0])
 
+    async def made(self, tenant: str, model_id: str) -> bool:
+        """Whether a job made this model, also when that was deleted since."""
+        sql = "SELECT 1 FROM jobs WHERE tenant = ? AND model_id = ? LIMIT 1"
+        return bool(await self._database.read(sql, (tenant, model_id)))
+
     async def checkpoints(self, tenant: str, job_id: str) -> list[Checkpoint]:
         """Checkpoints, newest first: by attempt, then by step."""
         rows = await self._database.read(
