@@ -32,6 +32,7 @@ def tuned(folder: Path, base: PreTrainedModel, *, shard: str = "1GB", **kind: An
     model.mkdir()
     for name in TOKENIZER:
         shutil.copy(inspect.BUILTIN / "tiny" / name, model / name)
+        shutil.copy(inspect.BUILTIN / "tiny" / name, folder / "base" / name)
     trained = with_lora(base, **kind)
     assert trained.peft is not None
     torch.manual_seed(3)
