@@ -14,7 +14,7 @@ from typing import Any
 from luthier_server.licences import HUB_LICENCES
 from luthier_server.store.models import Model
 
-_HUB_ID = re.compile(r"(?=.{1,96}\Z)\w(?:[\w.-]*\w)?/\w(?:[\w.-]*\w)?", re.ASCII)
+_HUB_ID = re.compile(r"(?=.{1,96}\Z)(?:\w(?:[\w.-]*\w)?/)?\w(?:[\w.-]*\w)?", re.ASCII)
 _PLAIN = re.compile(r"[\w.@:/+,= -]{1,200}", re.ASCII)
 _MARKUP = re.compile(r"([\\`*_{}\[\]()#!~$])")
 _BLOCK_START = re.compile(r"\A(\d*)([-+=.)])")
@@ -56,7 +56,7 @@ class Subject:
 
 
 def is_hub_id(text: str) -> bool:
-    """Whether this names a repository of the Hub, with its owner."""
+    """Whether this could name a repository of the Hub; old ones have no owner."""
     return _HUB_ID.fullmatch(text) is not None and ".." not in text and "--" not in text
 
 
@@ -146,9 +146,10 @@ def _is_full(subject: Subject) -> bool:
 def _hub_base(subject: Subject) -> str:
     """The base model's repository of the Hub; empty for one that lies elsewhere."""
     noted = str(_made(subject, "base_model", "hub_id") or "")
-    candidate = noted or subject.base
-    is_elsewhere = candidate.startswith(("builtin/", "/", "model_"))
-    return candidate if is_hub_id(candidate) and not is_elsewhere else ""
+    if noted:
+        return noted if is_hub_id(noted) else ""
+    is_elsewhere = subject.base.startswith(("builtin/", "/", "model_"))
+    return subject.base if is_hub_id(subject.base) and not is_elsewhere else ""
 
 
 def _made(subject: Subject, *keys: str) -> object:

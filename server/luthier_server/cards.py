@@ -1,16 +1,14 @@
 """Gathers what a card tells of a model: its row, its `luthier.json`, its datasets, and the models it goes on from."""
 
 import asyncio
-import json
 import re
 from collections.abc import Mapping, Sequence
-from pathlib import Path
 from typing import Any
 
 from luthier_server.card import Form, Subject, TrainingData, card, form_of, is_hub_id
 from luthier_server.errors import NotFound
 from luthier_server.made import made_by
-from luthier_server.promotion import LINEAGE
+from luthier_server.promotion import read_note
 from luthier_server.references import Found
 from luthier_server.store.database import Database
 from luthier_server.store.datasets import Dataset
@@ -18,7 +16,6 @@ from luthier_server.store.datasets import Datasets as DatasetRows
 from luthier_server.store.jobs import Jobs as JobRows
 from luthier_server.store.models import Model, Models
 
-_MOST_BYTES = 8 << 20
 _MOST_PARENTS = 100
 _HUB_SOURCE = re.compile(r"hf://datasets/([\w.-]+/[\w.-]+)", re.ASCII)
 
@@ -34,7 +31,7 @@ class Cards:
     async def write(self, tenant: str, found: Found, form: Form | None = None) -> str:
         """The card of a model or checkpoint; with a form that of an export of it. Raises NotFound."""
         model = found.model or await self._of_checkpoint(tenant, found)
-        made = await asyncio.to_thread(_noted, found.directory / LINEAGE)
+        made = await asyncio.to_thread(read_note, found.directory)
         parents, base = await self._parents(tenant, model)
         data = [
             await self._data(tenant, role, dataset_id, made.get(f"{role}_dataset"))
@@ -103,14 +100,3 @@ class Cards:
                 break
             walked = await self._datasets.by_id(tenant, walked.lineage.parents[0])
         return ""
-
-
-def _noted(path: Path) -> dict[str, Any]:
-    """A model's `luthier.json`; empty where there is none that can be read."""
-    try:
-        if path.stat().st_size > _MOST_BYTES:
-            return {}
-        noted = json.loads(path.read_bytes())
-    except (OSError, ValueError, RecursionError):
-        return {}
-    return noted if isinstance(noted, dict) else {}

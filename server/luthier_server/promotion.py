@@ -12,11 +12,22 @@ from typing import Any
 from luthier_server.errors import FailedPrecondition, NotFound, StorageFull
 
 LINEAGE = "luthier.json"
+_MOST_BYTES = 8 << 20
 _ASIDE = ".new-"
 _MANIFEST = "manifest.json"
 _STATE = "state.json"
 _OF_TRAINING = frozenset({"optimizer.safetensors", _STATE, _MANIFEST})
 """What only a trainer that goes on from the checkpoint needs."""
+
+
+def read_note(directory: Path) -> dict[str, Any]:
+    """What a model's own directory says of where it came from; empty where there is nothing that can be read."""
+    try:
+        with open(directory / LINEAGE, "rb") as file:
+            noted = json.loads(file.read(_MOST_BYTES))
+    except (OSError, ValueError, RecursionError):
+        return {}
+    return noted if isinstance(noted, dict) else {}
 
 
 def promote(name: str, source: Path, target: Path, lineage: Mapping[str, Any]) -> tuple[int, dict[str, float]]:

@@ -5,6 +5,7 @@ import dataclasses
 import shutil
 from collections.abc import Callable, Mapping, Sequence
 from pathlib import Path
+from typing import Any
 
 from google.protobuf.json_format import MessageToDict
 
@@ -12,7 +13,7 @@ from luthier_server import spec as specs
 from luthier_server.errors import NotFound, Violation
 from luthier_server.ids import Ids
 from luthier_server.made import made_by
-from luthier_server.promotion import promote
+from luthier_server.promotion import promote, read_note
 from luthier_server.references import Found, References
 from luthier_server.store import model_names as name_rows
 from luthier_server.store import models as rows
@@ -114,12 +115,18 @@ class Registrations:
             checkpoint=found.name,
         )
         target = self._models_dir / model.id
-        size, metrics = await asyncio.to_thread(promote, found.name, found.directory, target, _lineage(model))
+        noted = await asyncio.to_thread(read_note, self._models_dir / model.parent_model) if model.parent_model else {}
+        lineage = _lineage(model, noted)
+        size, metrics = await asyncio.to_thread(promote, found.name, found.directory, target, lineage)
         return dataclasses.replace(model, size_bytes=size, metrics=metrics)
 
 
-def _lineage(model: Model) -> dict[str, object]:
-    """What the server knows of a checkpoint, in the words in which a trainer notes it for a finished model."""
+def _lineage(model: Model, parent: Mapping[str, Any]) -> dict[str, object]:
+    """What the server knows of a checkpoint, in the words in which a trainer notes it for a finished model. parent: the
+    same of the model that it goes on from, whose base is its base too."""
+    base = parent.get("base_model")
+    above: Mapping[str, Any] = base if isinstance(base, dict) else {}
+    is_elsewhere = model.base_model.startswith(("builtin/", "/")) or model.parent_model
     return {
         "format": 1,
         "job_id": model.job_id,
@@ -129,7 +136,8 @@ def _lineage(model: Model) -> dict[str, object]:
         "spec": MessageToDict(model.resolved_spec, preserving_proto_field_name=True) if model.resolved_spec else {},
         "base_model": {
             "name": model.base_model,
-            "revision": model.base_model_revision,
+            "hub_id": above.get("hub_id", "") if is_elsewhere else model.base_model,
+            "revision": model.base_model_revision or above.get("revision", ""),
             "licence": model.base_licence,
         },
     }

@@ -2,17 +2,21 @@
 
 import concurrent.futures
 import json
+import shutil
+import sqlite3
 from collections.abc import Callable, Iterator
+from pathlib import Path
 from typing import Any
 
 import grpc
 import pytest
 from daemon import Daemon, details, kinds, puppet, reason, small
 
+from luthier.v1 import datasets_pb2 as ds
 from luthier.v1 import fine_tuning_pb2 as ft
 from luthier.v1 import models_pb2 as md
 from luthier.v1.job_pb2 import Checkpoints, Job, JobState
-from luthier.v1.model_pb2 import Model, ModelAlias, ModelVersion
+from luthier.v1.model_pb2 import LineageKind, Model, ModelAlias, ModelVersion
 
 Start = Callable[..., Daemon]
 
@@ -270,9 +274,94 @@ def test_a_restart_keeps_everything_and_sweeps_what_no_model_is(daemons: Start) 
     assert {each.name for each in folder.iterdir()} == {job.model_id, "somebody-elses"}
 
 
-def test_another_tenants_models_names_and_aliases_are_not_there(daemon: Daemon) -> None:
-    import sqlite3
+def with_weights(daemon: Daemon, job: Job) -> str:
+    """Gives the model of a puppet the files of a whole one, so that jobs can go on from it; returns its id."""
+    tiny = Path(__file__).parents[2] / "trainer" / "luthier_trainer" / "builtin" / "tiny"
+    shutil.copytree(tiny, daemon.data_dir / "models" / job.model_id, dirs_exist_ok=True)
+    return job.model_id
 
+
+def test_a_model_is_not_deleted_while_anything_depends_on_it_and_each_thing_is_named(daemons: Start) -> None:
+    daemon = daemons(*puppet(steps=4, step_seconds=0.0))
+    daemon.upload()
+    parent = with_weights(daemon, made(daemon, model_name="needed"))
+    point(daemon, "needed", 1)
+    point(daemon, "needed", 1, "staging")
+    child = made(daemon, base_model="needed@production")
+    assert model(daemon, child.model_id).parent_model == parent
+    daemon.close()
+    daemon = daemons(*puppet(steps=1000, step_seconds=0.05))
+    waiting = [daemon.create(small(base_model=parent)) for _ in range(2)]
+    paused = waiting[1]
+    daemon.fine_tuning.PauseJob(ft.PauseJobRequest(job_id=paused.id))
+    refused = refusal(lambda: delete(daemon, parent))
+    assert (refused.code(), reason(refused)) == (grpc.StatusCode.FAILED_PRECONDITION, "MODEL_IN_USE")
+    found = [(each.type, each.subject) for each in details(refused)["PreconditionFailure"].violations]
+    assert found == [
+        ("ALIAS", "needed@production"),
+        ("ALIAS", "needed@staging"),
+        ("MODEL", child.model_id),
+        *(("JOB", each.id) for each in waiting),
+    ]
+    assert (daemon.data_dir / "models" / parent).is_dir()
+    for job in waiting:
+        daemon.fine_tuning.CancelJob(ft.CancelJobRequest(job_id=job.id))
+    for job in waiting:
+        daemon.wait(job.id)
+    for alias in ("production", "staging"):
+        daemon.models.DeleteModelAlias(md.DeleteModelAliasRequest(name="needed", alias=alias))
+    for by_name in ("needed", "needed@1", f"{child.id}:step-1", "../models"):
+        assert refusal(lambda name=by_name: delete(daemon, name)).code() == grpc.StatusCode.INVALID_ARGUMENT  # type: ignore[misc]
+    delete(daemon, child.model_id)
+    delete(daemon, parent)
+    assert reason(refusal(lambda: delete(daemon, parent))) == "MODEL_NOT_FOUND"
+    assert not list((daemon.data_dir / "models").iterdir())
+    assert reason(refusal(lambda: daemon.create(small(base_model=parent)))) == "MODEL_NOT_FOUND"
+
+
+def test_lineage_goes_up_to_the_base_and_down_to_every_descendant(daemon: Daemon) -> None:
+    rows = daemon.upload(b"".join(b'{"prompt": "p%d", "completion": "c"}\n' % n for n in range(20)), "lineage")
+    split = daemon.datasets.DeriveDataset(
+        ds.DeriveDatasetRequest(split=ds.SplitDataset(dataset=rows.id, validation=0.5))
+    ).datasets
+    root = made(daemon, model_name="line", training_dataset=split[0].id, validation_dataset=split[1].id)
+    middle = made(daemon, base_model=with_weights(daemon, root), checkpoints=Checkpoints(every_steps=2))
+    early = register(daemon, f"{middle.id}:step-2", "early-line").model_id
+    leaf = made(daemon, base_model=with_weights(daemon, middle))
+    daemon.fine_tuning.DeleteJob(ft.DeleteJobRequest(job_id=root.id))
+    found = daemon.models.GetModelLineage(md.GetModelLineageRequest(model_id=middle.model_id))
+    nodes = {each.id: each for each in found.nodes}
+    edges = {(each.from_id, each.to_id, each.relation) for each in found.edges}
+    assert edges == {
+        ("builtin/tiny", root.model_id, "base"),
+        (root.id, root.model_id, "made"),
+        (split[0].id, root.model_id, "training"),
+        (split[1].id, root.model_id, "validation"),
+        (rows.id, split[0].id, "derived"),
+        (rows.id, split[1].id, "derived"),
+        (root.model_id, middle.model_id, "parent"),
+        (middle.id, middle.model_id, "made"),
+        (middle.resolved_spec.fine_tune.training_dataset, middle.model_id, "training"),
+        (middle.model_id, leaf.model_id, "parent"),
+    }
+    assert {each for edge in edges for each in edge[:2]} == set(nodes)
+    assert nodes["builtin/tiny"].kind == LineageKind.LINEAGE_KIND_BASE_MODEL
+    assert (nodes[rows.id].name, nodes[rows.id].kind) == ("lineage@1", LineageKind.LINEAGE_KIND_DATASET)
+    assert {each.id for each in found.nodes if each.deleted} == {root.id}
+    from_checkpoint = daemon.models.GetModelLineage(md.GetModelLineageRequest(model_id=early))
+    kinds_of = {each.id: each.kind for each in from_checkpoint.nodes}
+    assert kinds_of[f"{middle.id}:step-2"] == LineageKind.LINEAGE_KIND_CHECKPOINT
+    made_of = {(each.from_id, each.to_id) for each in from_checkpoint.edges if each.relation == "made"}
+    assert {(middle.id, f"{middle.id}:step-2"), (f"{middle.id}:step-2", early)} <= made_of
+    whole = daemon.models.GetModelLineage(md.GetModelLineageRequest(model_id="line"))
+    assert {middle.model_id, early, leaf.model_id} <= {each.id for each in whole.nodes}
+    card = daemon.models.GetModelCard(md.GetModelCardRequest(model_id=leaf.model_id)).markdown
+    for fact in ("builtin/tiny", root.model_id, middle.model_id, "rows@1"):
+        assert fact in card
+    assert "step-2" in daemon.models.GetModelCard(md.GetModelCardRequest(model_id=f"{middle.id}:step-2")).markdown
+
+
+def test_another_tenants_models_names_and_aliases_are_not_there(daemon: Daemon) -> None:
     job = made(daemon, model_name="theirs")
     point(daemon, "theirs", 1)
     daemon.models.UpdateModel(md.UpdateModelRequest(model_id="theirs", set_tags={"whose": "theirs"}))
