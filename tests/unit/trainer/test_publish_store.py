@@ -181,7 +181,8 @@ def test_credentials_of_the_environment_are_never_used(tmp_path: Path, s3: S3, m
     monkeypatch.setenv("AWS_ACCESS_KEY_ID", "operators")
     monkeypatch.setenv("AWS_SESSION_TOKEN", "operators-session")
     with web() as site:
-        site.default = send(b"<Error><Code>AccessDenied</Code></Error>", 403)
+        said = f"<Error><Code>InvalidAccessKeyId</Code><AWSAccessKeyId>{KEY}</AWSAccessKeyId></Error>"
+        site.default = send(said.encode(), 403)  # as S3 does: the key is repeated
         monkeypatch.setenv("AWS_ENDPOINT_URL", site.url)
         secret = json.dumps({"AWS_ACCESS_KEY_ID": KEY, "AWS_SECRET_ACCESS_KEY": SECRET})
         error = Attempt(copied, secret).refused("s3://models/a")
