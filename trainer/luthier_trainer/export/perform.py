@@ -17,6 +17,7 @@ from luthier_trainer.errors import TrainingError
 from luthier_trainer.export.adapter import write_adapter
 from luthier_trainer.export.merged import write_merged
 from luthier_trainer.export.progress import Progress
+from luthier_trainer.export.proof import prove
 from luthier_trainer.export.source import Tuned, read_json, read_tuned
 from luthier_trainer.report import Reporter
 from luthier_trainer.save import LINEAGE
@@ -79,11 +80,13 @@ def _make(
     task: task_pb2.TrainerTask, tuned: Tuned, folder: Path, reporter: Reporter, check: Check, proven: bool
 ) -> export_proof_pb2.ExportProof:
     """Writes the export and proves it. Raises TrainingError EXPORT_NOT_EQUAL."""
-    write_files(tuned, task.spec.export, folder, Progress(reporter, event_pb2.PHASE_EXPORTING), check)
+    progress = Progress(reporter, event_pb2.PHASE_EXPORTING)
+    write_files(tuned, task.spec.export, folder, progress, check, task.export.llama_cpp_dir)
     check()
     proof = export_proof_pb2.ExportProof()
     if proven:
-        proof = _prove(task, tuned, folder, reporter, check)
+        rows, cache = task.export.proof_dataset, Path(task.cache_dir)
+        proof = prove(tuned, folder, task.spec.export, rows, cache, reporter, check)
         reporter.report(event_pb2.ExportProven(proof=proof), durable=True)
         if not proof.passed:
             raise _not_equal(proof)
@@ -102,6 +105,7 @@ def write_files(
     folder: Path,
     progress: Callable[[int, int], None],
     check: Check,
+    llama_cpp_dir: str = "",
 ) -> None:
     """Writes what the export is asked to be, without card, proof and manifest. Raises as `perform`."""
     kind = export.WhichOneof("format")
@@ -114,21 +118,11 @@ def write_files(
     elif kind == "merged":
         write_merged(tuned, export.merged, folder, progress, check)
     elif kind == "gguf":
-        gguf = _part("gguf")
+        from luthier_trainer.export import gguf
+
         gguf.write(tuned, export.gguf, folder, progress, check, llama_cpp_dir)
     else:
         raise TrainingError("EXPORT_UNSUPPORTED", "The export has no format.", "Ask for adapter, merged or gguf.")
-
-
-def _prove(
-    task: task_pb2.TrainerTask, tuned: Tuned, folder: Path, reporter: Reporter, check: Check
-) -> export_proof_pb2.ExportProof:
-    proof = _part("proof")
-    found = proof.prove(
-        tuned, folder, task.spec.export, task.export.proof_dataset, Path(task.cache_dir), reporter, check
-    )
-    assert isinstance(found, export_proof_pb2.ExportProof)
-    return found
 
 
 def _publish(
