@@ -152,6 +152,12 @@ def by_llama_cpp(file: Path, ids: Sequence[int], adapter: Path | None = None) ->
     return torch.log_softmax(torch.from_numpy(logits), -1).numpy()
 
 
+def fast(tokenizer: Tokenizer, **tokens: str) -> PreTrainedTokenizerFast:
+    """transformers' tokenizer around one of the library tokenizers."""
+    made: PreTrainedTokenizerFast = PreTrainedTokenizerFast(tokenizer_object=tokenizer, **tokens)  # type: ignore[no-untyped-call]
+    return made
+
+
 @functools.cache
 def small() -> PreTrainedTokenizerFast:
     """A tokenizer of 400 tokens."""
@@ -176,7 +182,7 @@ def byte_level(rule: str, size: int = 1500) -> PreTrainedTokenizerFast:
         vocab_size=size, min_frequency=1, special_tokens=["<|end|>"], initial_alphabet=alphabet, show_progress=False
     )
     tokenizer.train_from_iterator(HARD_TEXTS, trainer)
-    return PreTrainedTokenizerFast(tokenizer_object=tokenizer, eos_token="<|end|>")
+    return fast(tokenizer, eos_token="<|end|>")
 
 
 def sentence_pieces(prefix: bool, added: Sequence[str] = ()) -> PreTrainedTokenizerFast:
@@ -196,7 +202,7 @@ def sentence_pieces(prefix: bool, added: Sequence[str] = ()) -> PreTrainedTokeni
     tokenizer = Tokenizer.from_str(json.dumps(parsed))
     tokenizer.decoder = decoders.Sequence([decoders.Replace("▁", " "), decoders.ByteFallback(), decoders.Fuse()])
     tokenizer.post_processor = processors.TemplateProcessing(single="<s> $A", special_tokens=[("<s>", 1)])
-    made = PreTrainedTokenizerFast(tokenizer_object=tokenizer, bos_token="<s>", eos_token="</s>", unk_token="<unk>")
+    made = fast(tokenizer, bos_token="<s>", eos_token="</s>", unk_token="<unk>")
     for token in added:
         made.add_tokens([AddedToken(token, normalized=False, special=token.startswith("<"))])
     return made

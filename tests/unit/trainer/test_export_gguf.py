@@ -25,7 +25,6 @@ from unit.trainer.gguf_models import (
 from luthier.v1.export_task_pb2 import GGUF_TYPE_Q4_K_M, GgufExport
 from luthier_trainer.errors import TrainingError
 from luthier_trainer.export import gguf
-from luthier_trainer.export.gguf import library
 from luthier_trainer.export.source import Tuned
 from luthier_trainer.stop import StopRequested, never
 
@@ -137,7 +136,7 @@ def test_the_file_names_its_base_and_what_made_it(tmp_path: Path) -> None:
 def test_a_number_beyond_16_bits_is_no_infinity_in_the_file(tmp_path: Path) -> None:
     model = random_model("llama")
     with torch.no_grad():
-        model.get_input_embeddings().weight[7, 7] = 1e5
+        model.get_parameter("model.embed_tokens.weight")[7, 7] = 1e5
     tuned = saved(model, tmp_path / "model")
 
     with pytest.raises(TrainingError, match=r"embed_tokens.*beyond 65,504") as refused:
@@ -172,7 +171,7 @@ def test_a_window_that_llama_cpp_does_not_compute_bounds_the_files_context(tmp_p
 
 
 def test_without_the_extra_the_export_says_what_to_install(monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(library.importlib.util, "find_spec", lambda name: None)
+    monkeypatch.setattr("importlib.util.find_spec", lambda name: None)
     with pytest.raises(TrainingError, match="gguf and xllamacpp") as refused:
         gguf.require(Tuned(TINY, TINY, None, "model_1"), GgufExport())
     assert refused.value.reason == "EXPORT_UNSUPPORTED"

@@ -7,7 +7,7 @@ import pytest
 from gguf import GGUFReader
 from tokenizers import Tokenizer, models, pre_tokenizers
 from transformers import AutoTokenizer, PreTrainedTokenizerBase, PreTrainedTokenizerFast
-from unit.trainer.gguf_models import TINY, byte_level, random_model, saved, sentence_pieces, small, written
+from unit.trainer.gguf_models import TINY, byte_level, fast, random_model, saved, sentence_pieces, small, written
 
 from luthier_trainer.data.masks import templates
 from luthier_trainer.data.masks.template import template_of
@@ -70,17 +70,17 @@ def test_words_that_no_rule_of_llama_cpp_cuts_so_are_refused_with_the_first_text
         [pre_tokenizers.Split("e", "isolated"), pre_tokenizers.ByteLevel(add_prefix_space=False, use_regex=True)]
     )
     with pytest.raises(TrainingError, match=r"of .* it makes \d+ .* where the tokenizer makes \d+") as refused:
-        _proven(PreTrainedTokenizerFast(tokenizer_object=parsed, eos_token="<|end|>"))
+        _proven(fast(parsed, eos_token="<|end|>"))
     assert refused.value.reason == "EXPORT_UNSUPPORTED"
 
 
 def _words() -> PreTrainedTokenizerBase:
     tokenizer = Tokenizer(models.WordLevel({"<unk>": 0, "a": 1}, unk_token="<unk>"))
-    return PreTrainedTokenizerFast(tokenizer_object=tokenizer, unk_token="<unk>")
+    return fast(tokenizer, unk_token="<unk>")
 
 
 def _unigram() -> PreTrainedTokenizerBase:
-    return PreTrainedTokenizerFast(tokenizer_object=Tokenizer(models.Unigram([("<unk>", 0.0), ("a", -1.0)], 0, False)))
+    return fast(Tokenizer(models.Unigram([("<unk>", 0.0), ("a", -1.0)], 0, False)))
 
 
 @pytest.mark.parametrize(("make", "named"), [(_words, "WordLevel"), (_unigram, "Unigram")])
@@ -121,7 +121,7 @@ def test_other_programs_get_a_template_without_blocks_that_only_trainers_know() 
 
 
 def _with(template: str) -> PreTrainedTokenizerFast:
-    tokenizer = PreTrainedTokenizerFast(tokenizer_object=small().backend_tokenizer, eos_token="</s>", bos_token="<s>")
+    tokenizer = fast(small().backend_tokenizer, eos_token="</s>", bos_token="<s>")
     tokenizer.chat_template = template
     return tokenizer
 
