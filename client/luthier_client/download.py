@@ -109,7 +109,7 @@ class Download:
             return
         self._files, self._index, self._received = taken.files, taken.index, taken.received
         self._digest, self._is_open = taken.digest, taken.received > 0
-        self._found_on_disk = True
+        self._found_on_disk = taken.received > 0
         self._total = sum(file.size_bytes for file in taken.files)
         self._done = sum(file.size_bytes for file in taken.files[: taken.index]) + taken.received
 

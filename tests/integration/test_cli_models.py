@@ -11,7 +11,7 @@ from pathlib import Path
 from typing import Any
 
 import pytest
-from daemon import ROWS, Daemon, puppet, small
+from daemon import ROWS, Daemon, puppet, small, until
 from unit.client.command import called
 
 from luthier.v1.job_pb2 import Hyperparameters
@@ -193,6 +193,29 @@ def test_a_model_whose_job_was_deleted_is_still_made_again_and_compared(daemon: 
     assert called("job", "create", "--from", model, "--validate-only", endpoint=daemon.address).returncode == 0
     told_of = called("job", "diff", model, model, endpoint=daemon.address)
     assert told_of.stdout.startswith("equal: ") and "plan" in told_of.stderr
+
+
+def test_jobs_whose_logs_and_models_are_gone_are_compared_by_what_is_left(daemons: Start) -> None:
+    daemon = daemons(*QUICK)
+    daemon.upload()
+    one, two = tuned(daemon), tuned(daemon, suffix="x")
+    with Client(daemon.address) as client:
+        jobs = [client.get_model(each).job_id for each in (one, two)]
+    daemon.stop()
+    daemon.environment = {"LUTHIER_CLOCK_OFFSET": str(31 * 24 * 3600)}
+    daemon.start()
+
+    def compacted() -> bool:
+        try:
+            return not [client.get_job(job).logs() for job in jobs]
+        except errors.OutOfRange:
+            return True
+
+    with Client(daemon.address) as client:
+        until(compacted, what="the end of the logs' retention")
+        client.delete_model(two)
+    told_of = called("job", "diff", *jobs, endpoint=daemon.address)
+    assert told_of.returncode == 0 and "fine_tune.suffix" in told_of.stdout and "plan, metrics" in told_of.stderr
 
 
 def below(folder: Path) -> dict[str, bytes]:

@@ -72,7 +72,9 @@ def side(client: "Client", given: str) -> Side:
 
     if given.startswith("job_") and ":" not in given:
         job = client.get_job(given).proto
-        metrics = dict(client.get_model(job.model_id).metrics) if job.model_id else None
+        metrics: dict[str, float] = {}
+        with contextlib.suppress(NotFound):  # a model may be gone before its job
+            metrics = dict(client.get_model(job.model_id).metrics) if job.model_id else {}
         return _of_job(client, job, given, metrics)
     model = client.get_model(given)
     try:
@@ -85,31 +87,44 @@ def side(client: "Client", given: str) -> Side:
     return _of_job(client, job, model.id, dict(model.metrics))
 
 
-def _of_job(client: "Client", job: "Job", given: str, metrics: Mapping[str, float] | None) -> Side:
+def _of_job(client: "Client", job: "Job", given: str, metrics: Mapping[str, float]) -> Side:
+    from luthier_client.errors import OutOfRange
+
+    missing: tuple[str, ...] = ()
+    plan: dict[str, Any] = {}
+    numbers: dict[str, float] = {}
+    try:
+        plan, numbers = _log(client, job)
+    except OutOfRange:  # the log of a job that ended long ago is not kept whole
+        missing = ("plan",) if metrics else ("plan", "metrics")
+    sections = {
+        "spec": flat(job.resolved_spec if job.HasField("resolved_spec") else job.spec),
+        "data": _data(client, job.resolved_spec),
+        "plan": _steady(plan),
+        "metrics": _steady(metrics or numbers),
+    }
+    return Side(given, job.id, sections, missing)
+
+
+def _log(client: "Client", job: "Job") -> tuple[dict[str, Any], dict[str, float]]:
+    """(the plan, the last numbers) that a job's log tells so far. Raises OutOfRange."""
     from luthier_client.cli.output import proto_dict
 
     plan: dict[str, Any] = {}
-    last: dict[str, float] = {}
-    proof: dict[str, float] = {}
+    numbers: dict[str, float] = {}
     with contextlib.closing(client.get_job(job.id).watch()) as events:
         for event in events:
             if event.HasField("plan_resolved"):
                 plan = {name: value for name, value in proto_dict(event.plan_resolved).items() if name != "notes"}
             elif event.HasField("step_completed"):
-                last["loss"] = event.step_completed.loss
+                numbers["loss"] = event.step_completed.loss
             elif event.HasField("evaluation_completed"):
-                last["eval_loss"] = event.evaluation_completed.loss
+                numbers["eval_loss"] = event.evaluation_completed.loss
             elif event.HasField("export_proven"):
-                proof = {check.name.lower(): check.value for check in event.export_proven.proof.checks}
+                numbers |= {check.name.lower(): check.value for check in event.export_proven.proof.checks}
             if event.sequence >= job.last_sequence:
                 break
-    sections = {
-        "spec": flat(job.resolved_spec if job.HasField("resolved_spec") else job.spec),
-        "data": _data(client, job.resolved_spec),
-        "plan": _steady(plan),
-        "metrics": _steady(metrics if metrics else last) | proof,
-    }
-    return Side(given, job.id, sections, ())
+    return plan, numbers
 
 
 def differences(left: Side, right: Side) -> list[dict[str, Any]]:

@@ -187,6 +187,7 @@ def _details(job: "Job") -> list[tuple[str, str]]:
         ("attempt", str(job.attempt) if job.attempt > 1 else ""),
         ("next try", output.clock(job.retry_time.seconds) if job.retry_time.seconds else ""),
         ("resumed from", task.resume_from),
+        ("model name", task.model_name),
         ("created", output.age(job.create_time)),
         ("took", output.duration(job.end_time.seconds - started) if job.end_time.seconds else ""),
         ("model", job.model_id),

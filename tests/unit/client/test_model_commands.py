@@ -141,15 +141,19 @@ def test_a_tar_on_stdout_is_nothing_but_the_tar(endpoint: str, tmp_path: Path) -
     assert terminal.end() == 2 and "stdout is a terminal" in terminal.screen
 
 
-def test_an_interrupted_download_says_how_to_go_on_and_does(own_server: FakeServer, tmp_path: Path) -> None:
+@pytest.mark.parametrize("how", [signal.SIGINT, signal.SIGKILL])
+def test_an_interrupted_or_killed_download_goes_on_when_the_command_is_given_again(
+    own_server: FakeServer, tmp_path: Path, how: signal.Signals
+) -> None:
     arguments = ["model", "download", "slow", "--to", str(tmp_path / "out")]
     terminal = Terminal(*arguments, endpoint=own_server.endpoint)
     partial = tmp_path / "out.partial" / "adapter_model.safetensors"
     while not (partial.exists() and partial.stat().st_size):
         assert not (tmp_path / "out").exists()
-    os.kill(terminal.pid, signal.SIGINT)
-    assert terminal.end() == 130
-    assert "give the command again" in terminal.screen and not (tmp_path / "out").exists()
+    os.kill(terminal.pid, how)
+    assert terminal.end() == (130 if how == signal.SIGINT else -how)
+    assert ("give the command again" in terminal.screen) == (how == signal.SIGINT)
+    assert not (tmp_path / "out").exists()
     assert called(*arguments, endpoint=own_server.endpoint).returncode == 0
     assert {each.name: each.read_bytes() for each in (tmp_path / "out").iterdir()} == FILES
     assert own_server.calls("DownloadModel")[-1]["offset"] > 0
