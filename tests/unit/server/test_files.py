@@ -3,6 +3,7 @@
 import hashlib
 import os
 from pathlib import Path
+from typing import Any
 
 import pytest
 
@@ -11,23 +12,40 @@ from luthier_server.errors import NotFound
 from luthier_server.files import Files, noted
 
 
-async def test_a_file_is_not_read_again_while_it_stays_as_it_is(tmp_path: Path) -> None:
+async def test_a_file_is_not_read_again_while_it_stays_as_it_is(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    read: list[str] = []
+    digest = hashlib.file_digest
+
+    def counted(file: Any, name: str) -> Any:
+        read.append(file.name)
+        return digest(file, name)
+
+    monkeypatch.setattr(hashlib, "file_digest", counted)
     files = Files()
     path = tmp_path / "folder" / "model.bin"
     path.parent.mkdir()
     path.write_bytes(b"first")
-    [first] = await files.below(tmp_path)
-    assert (first.name, first.size_bytes) == ("folder/model.bin", 5)
-    assert first.sha256 == hashlib.sha256(b"first").hexdigest()
-    path.chmod(0)
-    if not os.access(path, os.R_OK):  # root may read everything
-        assert await files.below(tmp_path) == [first]
-    path.chmod(0o600)
+    found = await files.below(tmp_path)
+    assert [(each.name, each.size_bytes) for each in found] == [("folder/model.bin", 5)]
+    assert found[0].sha256 == hashlib.sha256(b"first").hexdigest()
+    assert await files.below(tmp_path) == found
+    assert read == [str(path)]
+
+
+async def test_a_file_that_was_written_to_and_dated_back_is_hashed_anew(tmp_path: Path) -> None:
+    files = Files()
+    path = tmp_path / "model.bin"
+    path.write_bytes(b"first")
     status = path.stat()
-    with open(path, "r+b") as file:  # unseen, which is why no file of a model is ever written to
-        file.write(b"other")
+    await files.below(tmp_path)
+    path.write_bytes(b"other")
+    while path.stat().st_ctime_ns == status.st_ctime_ns:  # the kernel's clock is coarse
+        path.chmod(0o600)
     os.utime(path, ns=(status.st_atime_ns, status.st_mtime_ns))
-    assert await files.below(tmp_path) == [first]
+    [found] = await files.below(tmp_path)
+    assert found.sha256 == hashlib.sha256(b"other").hexdigest()
 
 
 async def test_a_file_that_was_replaced_is_hashed_anew(tmp_path: Path) -> None:
