@@ -170,7 +170,7 @@ def test_every_field_of_a_task_and_a_job_is_written_down() -> None:
     assert task == fields(FineTuneTask.DESCRIPTOR)
     job = {name for cell in table(text, "field of the job") for name in code(cell)}
     # Refused when set, and the task itself.
-    assert job == fields(JobSpec.DESCRIPTOR) - {"priority", "resources", "fine_tune"}
+    assert job == fields(JobSpec.DESCRIPTOR) - {"priority", "resources", "fine_tune", "export"}
 
 
 @pytest.mark.parametrize(("name", "text"), [each for each in blocks("yaml") if "fine_tune:" in each[1]])

@@ -114,6 +114,7 @@ def an_export() -> Export:
         convert.dataset_proto(a_dataset()),
         convert.checkpoint_proto(Checkpoint("job_1", 1, 1, "000001-a1", 1, 1)),
         convert.model_proto(a_model()),
+        convert.export_proto(an_export()),
         convert.version_proto(VERSION),
         convert.alias_proto(ALIAS),
         convert.alias_proto(ALIAS).history[0],
@@ -121,7 +122,6 @@ def an_export() -> Export:
         convert.lineage_proto(LINEAGE),
         convert.lineage_proto(LINEAGE).nodes[0],
         convert.lineage_proto(LINEAGE).edges[0],
-        convert.export_proto(an_export()),
     ],
     ids=lambda message: type(message).__name__,
 )

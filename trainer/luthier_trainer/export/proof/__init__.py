@@ -6,14 +6,13 @@ loaded (`loaders`) and asked the same, and the answers are compared (`compare`) 
 """
 
 import contextlib
-import gc
 import json
-import os
 import tempfile
 from collections.abc import Callable, Iterator
 from pathlib import Path
 
 import numpy as np
+import torch
 from google.protobuf.json_format import ParseDict, ParseError
 
 from luthier.trainer.v1.task_pb2 import DatasetSource
@@ -70,14 +69,12 @@ def prove(
                     answers.append(_reads(artefact, row, answer))
                 progress.step()
             ends = artefact.ends
-            del artefact
     except NotLoaded as error:
         raise TrainingError(
             "EXPORT_NOT_EQUAL",
             f"The export cannot be used as it was meant: {error}.",
             "This is a fault of the export and not of the model; nothing of it was kept.",
         ) from error
-    gc.collect()
     checks += compare.numbers(reference, found, answers, ends, limits)
     return ExportProof(
         loader=loader.name,
@@ -148,7 +145,8 @@ def _loaded(
             from luthier_trainer.export.proof.loaders import llama
 
             with _gguf_files(tuned, exported, export.gguf, cache, check) as (file, adapter):
-                threads = len(os.sched_getaffinity(0))
+                # llama.cpp's threads wait by spinning: no more of them than torch was given.
+                threads = torch.get_num_threads()
                 with llama.load(file, adapter, longest=reference.longest, threads=threads) as artefact:
                     yield llama.loader(), artefact
         case other:

@@ -1,12 +1,11 @@
 """What the tuned model itself says, computed as training computed it and from nothing that an export wrote."""
 
-import gc
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 
 import numpy as np
 import torch
-from transformers import PreTrainedTokenizerBase
+from transformers import PreTrainedModel, PreTrainedTokenizerBase
 
 from luthier.trainer.v1.task_pb2 import BaseModelSource, DatasetSource
 from luthier.v1 import tokenization_pb2
@@ -95,8 +94,7 @@ def ask(
         standings.append(standing(model.logits(row.ids[:-1], row.positions), row.targets))
         continuations.append(_thought(model, row.prompt_ids, answer, ends))
         progress()
-    del model, base
-    gc.collect()  # wrapped modules are cycles
+    _let_go(base)
     hard = [
         (
             tokenizer(text, add_special_tokens=False, verbose=False)["input_ids"],
@@ -131,3 +129,9 @@ def _name(tokenizer: PreTrainedTokenizerBase, token: int) -> str:
     """A token for people: its text, or where that is part of a character, what the vocabulary calls it."""
     text = str(tokenizer.decode([token]))
     return text if text and "\ufffd" not in text else str(tokenizer.convert_ids_to_tokens(token))
+
+
+def _let_go(model: PreTrainedModel) -> None:
+    """Gives the memory of the weights back: a model that PEFT wraps is a cycle, and may live on for a while."""
+    for each in (*model.parameters(), *model.buffers()):
+        each.data = each.data.new_empty(0)
