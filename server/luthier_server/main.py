@@ -18,26 +18,40 @@ from luthier.trainer.attempt import replace_file, socket_path
 from luthier.trainer.v1.task_pb2 import Puppet
 from luthier.v1 import datasets_pb2, fine_tuning_pb2, models_pb2
 from luthier_server import __version__, backup, doctor, failpoints, logs, settings
+from luthier_server.aliases import Aliases
+from luthier_server.assignments import Assignments, AssignmentSettings
 from luthier_server.attempts import Attempts
+from luthier_server.cards import Cards
 from luthier_server.checks import Checks
 from luthier_server.data_work import DataWork, WorkLimits
 from luthier_server.datasets import Datasets
+from luthier_server.deletions import DEPENDENTS, Deletions
 from luthier_server.derivations import Derivations
 from luthier_server.errors import LuthierError
 from luthier_server.estimates import Estimates, EstimateSettings
 from luthier_server.executors.local import LocalExecutor, LocalSettings
+from luthier_server.export_sources import ExportSources
+from luthier_server.exports import Exports, dependents
+from luthier_server.files import Files
 from luthier_server.fitting import Fitting, FittingSettings
 from luthier_server.grpc.certificate import Certificate, CertificateError
 from luthier_server.grpc.datasets import DatasetService
+from luthier_server.grpc.downloads import DownloadService
+from luthier_server.grpc.exports import ExportService
+from luthier_server.grpc.models import ModelParts, ModelService
 from luthier_server.grpc.serve import AddressError, GrpcServer
-from luthier_server.grpc.service import FineTuning, ModelService
+from luthier_server.grpc.service import FineTuning
 from luthier_server.grpc.tokens import TokenFileError, Tokens
 from luthier_server.grpc.watch import Watch, WatchLimits
 from luthier_server.hub import Hub
 from luthier_server.ids import Ids
 from luthier_server.imports import Allowed, Imports
 from luthier_server.jobs import Jobs, microseconds
+from luthier_server.lanes import Lane
+from luthier_server.lineage import Lineages
 from luthier_server.pages import Pages
+from luthier_server.references import References
+from luthier_server.registrations import Registrations
 from luthier_server.registry import Registry
 from luthier_server.runner import Limits
 from luthier_server.scheduler import Scheduler, SchedulerSettings
@@ -56,9 +70,11 @@ log = structlog.get_logger()
 _STOP_SECONDS = 5
 # Every id that was handed out and is still known: also those of deleted jobs, and of models that are yet to be made.
 _GIVEN_IDS = (
-    "SELECT id FROM jobs UNION ALL SELECT job_id FROM tombstones UNION ALL SELECT job_id FROM models",
+    "SELECT id FROM jobs UNION ALL SELECT job_id FROM tombstones UNION ALL SELECT job_id FROM models"
+    " UNION ALL SELECT job_id FROM exports",
     "SELECT id FROM datasets UNION ALL SELECT dataset_id FROM job_datasets",
     "SELECT id FROM models UNION ALL SELECT model_id FROM attempts",
+    "SELECT id FROM exports UNION ALL SELECT export_id FROM attempts",
 )
 
 
@@ -122,6 +138,9 @@ class Daemon:
         uploads.prepare()
         datasets = Datasets(database, data_dir / "blobs", uploads, workers, Ids(last_ids[1]), clock=microseconds)
         secrets = Secrets(chosen.secrets_dir)
+        model_ids = Ids(last_ids[2])
+        self.deletions = Deletions(database, data_dir / "models", (*DEPENDENTS, dependents))
+        references = References(database, data_dir / "models", data_dir / "jobs")
         registry = Registry(database, data_dir / "models", workers, chosen.model_root)
         self.executor = LocalExecutor(
             LocalSettings(
@@ -150,7 +169,9 @@ class Daemon:
             self.hub,
             datasets,
             registry,
+            references,
             data_dir / "jobs",
+            data_dir / "exports",
             job_ids=Ids(last_ids[0]),
             max_queued=chosen.max_queued,
             # A puppet has no tokenizer to check anything with.
@@ -160,6 +181,7 @@ class Daemon:
         checks = Checks(
             datasets,
             registry,
+            references,
             JobRows(database),
             self.data_work,
             secrets,
@@ -168,26 +190,51 @@ class Daemon:
             limits=WorkLimits(),
         )
         self.validation = Validation(self.jobs, checks)
-        self.scheduler = Scheduler(
-            SchedulerSettings(
+        sources = ExportSources(references, registry, self.jobs)
+        self.exports = Exports(
+            database, self.jobs, sources, datasets, secrets, data_dir / "exports", chosen.export_root
+        )
+        cards = Cards(database)
+        assignments = Assignments(
+            AssignmentSettings(
                 data_dir=data_dir,
-                slots=chosen.slots or len(devices) or 1,
                 devices=devices,
                 threads=chosen.threads,
                 wake_socket=str(self.wake_socket),
-                limits=Limits(
-                    cancel_grace=chosen.cancel_grace, stop_grace=chosen.stop_grace, silence=chosen.stall_timeout
-                ),
                 puppet=json_format.Parse(chosen.puppet, Puppet()) if chosen.puppet else None,
                 cache_max_bytes=chosen.cache_bytes,
                 device_memory_bytes=chosen.device_memory_bytes,
+                llama_cpp_dir=chosen.llama_cpp_dir,
+                export_roots=chosen.export_root,
             ),
             self.jobs,
-            Attempts(database, self.hub, self.jobs, Ids(last_ids[2]), retry_seconds=chosen.retry_seconds),
             datasets,
             registry,
-            self.executor,
+            self.exports,
+            sources,
+            cards,
             secrets,
+        )
+        attempts = Attempts(
+            database,
+            self.hub,
+            self.jobs,
+            model_ids,
+            Ids(last_ids[3]),
+            retry_seconds=chosen.retry_seconds,
+        )
+        self.scheduler = Scheduler(
+            SchedulerSettings(
+                data_dir=data_dir,
+                slots={Lane.DEVICE: chosen.slots or len(devices) or 1, Lane.CPU: chosen.cpu_slots},
+                limits=Limits(
+                    cancel_grace=chosen.cancel_grace, stop_grace=chosen.stop_grace, silence=chosen.stall_timeout
+                ),
+            ),
+            self.jobs,
+            attempts,
+            assignments,
+            self.executor,
         )
         self.upkeep = Upkeep(
             UpkeepSettings(data_dir, retention_days=chosen.retention_days, free_bytes=chosen.free_bytes),
@@ -223,11 +270,25 @@ class Daemon:
         watch = Watch(self.jobs, self.hub, Pages(Events(database), history_id), limits)
         self.server = GrpcServer(
             {
-                fine_tuning_pb2.DESCRIPTOR.services_by_name["FineTuning"]: FineTuning(
-                    self.jobs, estimates, watch, history_id
+                fine_tuning_pb2.DESCRIPTOR.services_by_name["FineTuning"]: (
+                    FineTuning(self.jobs, estimates, watch, history_id),
                 ),
-                datasets_pb2.DESCRIPTOR.services_by_name["Datasets"]: dataset_service,
-                models_pb2.DESCRIPTOR.services_by_name["Models"]: ModelService(registry, self.jobs),
+                datasets_pb2.DESCRIPTOR.services_by_name["Datasets"]: (dataset_service,),
+                models_pb2.DESCRIPTOR.services_by_name["Models"]: (
+                    ModelService(
+                        ModelParts(
+                            registry,
+                            references,
+                            Registrations(database, references, data_dir / "models", model_ids, clock=microseconds),
+                            Aliases(database, clock=microseconds),
+                            self.deletions,
+                            Lineages(database, references, self.exports.made_of),
+                            cards,
+                        )
+                    ),
+                    ExportService(self.exports, self.jobs, history_id),
+                    DownloadService(references, self.exports, Files()),
+                ),
             },
             tokens=Tokens(chosen.token_file) if chosen.token_file else None,
             certificate=Certificate(chosen.tls_cert, chosen.tls_key) if chosen.tls_cert and chosen.tls_key else None,
@@ -236,7 +297,7 @@ class Daemon:
 
 @contextlib.asynccontextmanager
 async def _daemon(chosen: Settings) -> AsyncIterator[Daemon]:
-    for folder in ("jobs", "models", "cache", "blobs"):
+    for folder in ("jobs", "models", "exports", "cache", "blobs"):
         (chosen.data_dir / folder).mkdir(exist_ok=True)
     database = await Database.open(chosen.data_dir / "luthier.db")
     try:
@@ -264,6 +325,8 @@ async def _run(chosen: Settings) -> int:
         await daemon.executor.prepare()
         await daemon.data_work.prepare()
         await daemon.scheduler.recover(await JobRows(daemon.database).open_attempts())
+        await daemon.exports.sweep()
+        await daemon.deletions.sweep()
         await failpoints.reach("before_serving")
         port = await daemon.server.start(chosen.listen)
         host = chosen.listen.rpartition(":")[0]

@@ -24,13 +24,15 @@ F32 = export_task_pb2.MergedExport(weights=export_task_pb2.WEIGHT_TYPE_F32)
 TOKENIZER = ("tokenizer.json", "tokenizer_config.json", "chat_template.jinja")
 
 
-def tuned(folder: Path, base: PreTrainedModel, **kind: Any) -> Tuned:
-    """The base and an adapter on it whose every number matters, below `folder`. `kind`: as of `with_lora`."""
-    base.save_pretrained(folder / "base")
+def tuned(folder: Path, base: PreTrainedModel, *, shard: str = "1GB", **kind: Any) -> Tuned:
+    """The base, in files of at most `shard`, and an adapter on it whose every number matters, below `folder`. `kind`:
+    as of `with_lora`."""
+    base.save_pretrained(folder / "base", max_shard_size=shard)
     model = folder / "model"
     model.mkdir()
     for name in TOKENIZER:
         shutil.copy(inspect.BUILTIN / "tiny" / name, model / name)
+        shutil.copy(inspect.BUILTIN / "tiny" / name, folder / "base" / name)
     trained = with_lora(base, **kind)
     assert trained.peft is not None
     torch.manual_seed(3)

@@ -9,14 +9,14 @@ from dataclasses import dataclass
 from pathlib import Path
 
 import torch
-from peft import LoraConfig, PeftConfig, get_peft_model
+from peft import LoraConfig, get_peft_model
 from peft.tuners.lora.layer import Embedding, Linear, LoraLayer, ParamWrapper
 from peft.tuners.lora.variants import DoraEmbeddingVariant, DoraLinearVariant
 from peft.utils.other import AuxiliaryTrainingWrapper, ModulesToSaveWrapper
 from torch import nn
 from transformers import PreTrainedModel
 
-from luthier_trainer.export.source import ADAPTER_WEIGHTS
+from luthier_trainer.export.source import ADAPTER_CONFIG, ADAPTER_WEIGHTS, read_json
 from luthier_trainer.export.stored import unsupported
 from luthier_trainer.export.tensor_file import TensorFile
 
@@ -52,9 +52,7 @@ class Adapted:
     """
 
     def __init__(self, directory: Path, model: PreTrainedModel) -> None:
-        config = PeftConfig.from_pretrained(str(directory))
-        if not isinstance(config, LoraConfig):
-            raise unsupported(f"its adapter is of type {config.peft_type}, and only LoRA can be merged")
+        config = _configuration(directory)
         _require_known(config, model)
         self._file = TensorFile(directory / ADAPTER_WEIGHTS)
         try:
@@ -113,6 +111,18 @@ def _add(weight: torch.Tensor, a: torch.Tensor, b: torch.Tensor, change: Change)
         weight.addmm_(a.T, b.T, alpha=change.scale)
     else:
         weight.addmm_(b, a, alpha=change.scale)
+
+
+def _configuration(directory: Path) -> LoraConfig:
+    kind = read_json(directory / ADAPTER_CONFIG).get("peft_type")
+    if kind != "LORA":
+        raise unsupported(f"its adapter is of type {kind}, and only LoRA can be merged")
+    try:
+        config = LoraConfig.from_pretrained(str(directory))
+    except (TypeError, ValueError) as error:
+        raise unsupported(f"PEFT does not read its adapter's configuration: {error}".splitlines()[0]) from error
+    assert isinstance(config, LoraConfig)
+    return config
 
 
 def _wrapped(model: PreTrainedModel, config: LoraConfig) -> nn.Module:

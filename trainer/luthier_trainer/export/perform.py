@@ -1,6 +1,5 @@
 """An export's task: written aside, proven, renamed, and copied to where it shall go."""
 
-import importlib
 import os
 import shutil
 from collections.abc import Callable
@@ -136,7 +135,9 @@ def _publish(
     if not task.spec.export.destination.uri:
         return ""
     check()
-    uri = _part("publish").publish(
+    from luthier_trainer.export.publish import publish
+
+    return publish(
         folder,
         files,
         task.spec.export.destination,
@@ -145,11 +146,6 @@ def _publish(
         Progress(reporter, event_pb2.PHASE_PUBLISHING),
         check,
     )
-    return str(uri)
-
-
-def _part(name: str) -> Any:
-    return importlib.import_module(f"luthier_trainer.export.{name}")
 
 
 def _earlier(output: Path, export_id: str) -> export_proof_pb2.ExportProof | None:

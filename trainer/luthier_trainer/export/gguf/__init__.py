@@ -8,8 +8,7 @@ import logging
 from collections.abc import Callable
 from pathlib import Path
 
-from luthier.v1.export_task_pb2 import GGUF_TYPE_F16, GgufExport
-from luthier_trainer.errors import TrainingError
+from luthier.v1.export_task_pb2 import GgufExport
 from luthier_trainer.export.source import Tuned
 from luthier_trainer.stop import Check, never
 
@@ -29,18 +28,12 @@ def require(tuned: Tuned, options: GgufExport, llama_cpp_dir: str = "", check: C
     if options.adapter_only:
         from luthier_trainer.export.gguf.adapter import require_adapter
 
-        if options.type > GGUF_TYPE_F16:
-            raise TrainingError(
-                "EXPORT_UNSUPPORTED",
-                "An adapter alone is written in 16 bits, and the export asks for another type.",
-                "Leave the type away, or export the whole model.",
-            )
-        require_adapter(tuned)
+        require_adapter(tuned, options)
         return
     from luthier_trainer.export.gguf.external import is_foreign, require_external
 
     if llama_cpp_dir and is_foreign(tuned):
-        require_external(Path(llama_cpp_dir))
+        require_external(Path(llama_cpp_dir), options)
         return
     from luthier_trainer.export.gguf.model import require_model
 
@@ -55,15 +48,18 @@ def write(
     check: Check,
     llama_cpp_dir: str = "",
 ) -> None:
-    """Writes one GGUF file and a Modelfile into `folder`. `progress` is told bytes that are done, and all of them.
+    """Writes one GGUF file and a Modelfile into `folder`; nothing before all that `require` asks for is known to hold.
+    `progress` is told bytes that are done, and all of them.
 
     Raises as `require`, and TrainingError EXPORT_UNSUPPORTED for numbers that the type cannot hold.
     """
-    require(tuned, options, llama_cpp_dir, check)
+    from luthier_trainer.export.gguf.library import require_packages
+
+    require_packages()
     if options.adapter_only:
         from luthier_trainer.export.gguf.adapter import write_adapter
 
-        write_adapter(tuned, folder, progress, check)
+        write_adapter(tuned, options, folder, progress, check)
         return
     from luthier_trainer.export.gguf.external import convert, is_foreign
     from luthier_trainer.export.gguf.model import write_model

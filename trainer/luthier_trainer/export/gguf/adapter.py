@@ -14,6 +14,7 @@ import torch
 from gguf import GGMLQuantizationType, GGUFType, GGUFWriter, LlamaFileType
 from transformers import AutoConfig, PretrainedConfig
 
+from luthier.v1.export_task_pb2 import GGUF_TYPE_F16, GgufExport
 from luthier_trainer.errors import TrainingError
 from luthier_trainer.export.gguf import types
 from luthier_trainer.export.gguf.families import Planned, family_of, plan
@@ -43,9 +44,11 @@ class _Pair:
     b: str
 
 
-def require_adapter(tuned: Tuned) -> None:
+def require_adapter(tuned: Tuned, options: GgufExport) -> None:
     """Raises TrainingError EXPORT_UNSUPPORTED for what is no adapter, or one that llama.cpp does not load: with whole
-    modules, DoRA, ranks that differ, biases."""
+    modules, DoRA, ranks that differ, biases; and for a type that is not f16."""
+    if options.type > GGUF_TYPE_F16:
+        raise _unsupported("it is written in 16 bits, and another type is asked for", "Leave the type away.")
     if tuned.adapter is None:
         raise _unsupported("the model was fully fine-tuned and has no adapter", "Export the whole model.")
     settings = read_json(tuned.adapter / ADAPTER_CONFIG)
@@ -69,9 +72,11 @@ def require_adapter(tuned: Tuned) -> None:
         _pairs(_config(tuned), file.tensors)
 
 
-def write_adapter(tuned: Tuned, folder: Path, progress: Callable[[int, int], None], check: Check) -> None:
+def write_adapter(
+    tuned: Tuned, options: GgufExport, folder: Path, progress: Callable[[int, int], None], check: Check
+) -> None:
     """Writes the adapter and a Modelfile that wants the base's name filled in. Raises as `require_adapter`."""
-    require_adapter(tuned)
+    require_adapter(tuned, options)
     assert tuned.adapter is not None
     config = _config(tuned)
     family = family_of(config)

@@ -45,13 +45,19 @@ def is_foreign(tuned: Tuned) -> bool:
     return config.model_type not in FAMILIES
 
 
-def require_external(llama_cpp: Path) -> None:
-    """Raises TrainingError EXPORT_UNSUPPORTED unless the operator's llama.cpp has a converter."""
+def require_external(llama_cpp: Path, options: GgufExport) -> None:
+    """Raises TrainingError EXPORT_UNSUPPORTED unless the operator's llama.cpp has a converter that writes the type."""
     if not (llama_cpp / SCRIPT).is_file():
         raise TrainingError(
             "EXPORT_UNSUPPORTED",
             f"The directory that --llama-cpp-dir names has no {SCRIPT}.",
             "Ask the operator for a whole checkout of llama.cpp.",
+        )
+    if options.type not in _TYPES:
+        raise TrainingError(
+            "EXPORT_UNSUPPORTED",
+            f"llama.cpp's converter writes {', '.join(sorted(set(_TYPES.values())))}, and another type is asked for.",
+            "Ask for one of those, and quantise its file with llama-quantize.",
         )
 
 
@@ -66,13 +72,8 @@ def convert(
 ) -> None:
     """Merges the model into a folder beside `folder`, and has llama.cpp's converter make a file of it. Raises
     TrainingError EXPORT_UNSUPPORTED with the end of what the converter said, and what `check` raises."""
-    kind = _TYPES.get(options.type)
-    if kind is None:
-        raise TrainingError(
-            "EXPORT_UNSUPPORTED",
-            f"llama.cpp's converter writes {', '.join(sorted(set(_TYPES.values())))}, and another type is asked for.",
-            "Ask for one of those, and quantise its file with llama-quantize.",
-        )
+    require_external(llama_cpp, options)
+    kind = _TYPES[options.type]
     path = folder / file_name(options.type)
     with tempfile.TemporaryDirectory(dir=folder.parent) as temporary:
         merged = Path(temporary) / "merged"

@@ -216,6 +216,10 @@ def _unknown(family: Family, config: PretrainedConfig) -> list[str]:
             lambda: f"rotary embeddings of the type {rope(config)['rope_type']!r}",
         ),
         (
+            rope(config).get("rope_type") == "yarn" and not _is_plain_yarn(rope(config)),
+            lambda: "YaRN with other limits than 32 and 1, or limits that are no whole dimensions",
+        ),
+        (
             float(rope(config).get("partial_rotary_factor") or 1.0) != 1.0,
             lambda: "rotary embeddings of a part of each head",
         ),
@@ -249,6 +253,12 @@ def _unknown(family: Family, config: PretrainedConfig) -> list[str]:
         ),
     ]
     return [say() for found, say in checks if found]
+
+
+def _is_plain_yarn(parameters: Mapping[str, Any]) -> bool:
+    limits = parameters.get("beta_fast") or 32, parameters.get("beta_slow") or 1
+    scaled = parameters.get("mscale") or parameters.get("mscale_all_dim")
+    return limits == (32, 1) and bool(parameters.get("truncate", True)) and not scaled
 
 
 def _activation(config: PretrainedConfig) -> str:

@@ -87,8 +87,6 @@ def _describe_rope(writer: GGUFWriter, config: PretrainedConfig) -> None:
         writer.add_rope_scaling_type(RopeScalingType.YARN)
         writer.add_rope_scaling_factor(factor)
         writer.add_rope_scaling_orig_ctx_len(int(original))
-        writer.add_rope_scaling_yarn_beta_fast(float(parameters.get("beta_fast") or 32.0))
-        writer.add_rope_scaling_yarn_beta_slow(float(parameters.get("beta_slow") or 1.0))
         attention = parameters.get("attention_factor")
         if attention is not None:  # llama.cpp multiplies by what transformers takes when none is given
-            writer.add_rope_scaling_yarn_attn_factor(float(attention) / (0.1 * math.log(factor) + 1.0))
+            writer.add_rope_scaling_attn_factors(float(attention) / (0.1 * math.log(factor) + 1.0))

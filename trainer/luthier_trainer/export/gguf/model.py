@@ -70,6 +70,7 @@ def write_model(
         with path.open("ab") as file, Slabs(torch.get_num_threads(), check) as slabs:
             _append(file.write, weights, planned, mix, slabs, writer.data_alignment, progress)
     ends = [vocabulary.tokens[each] for each in end_tokens(tuned, config) if each < len(vocabulary.tokens)]
+    notes += vocabulary.notes
     notes += _fallback_notes(options.type, mix)
     write_modelfile(folder, f"FROM ./{path.name}", template_of_model(load_tokenizer(tuned)), ends, notes)
     return notes

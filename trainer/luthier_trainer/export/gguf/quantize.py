@@ -52,6 +52,8 @@ class Slabs:
         Raises TrainingError EXPORT_UNSUPPORTED for numbers that are not finite or not within the type's range, and what
         `check` raises.
         """
+        if tensor.ndim == 1 and rows is not None:
+            tensor, rows = tensor[rows], None
         flat = tensor if tensor.ndim == 2 else tensor.reshape(1, -1)
         step = max(_SLAB // max(flat.shape[1], 1), 1)
         waiting: deque[Future[memoryview]] = deque()

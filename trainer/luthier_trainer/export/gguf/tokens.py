@@ -7,6 +7,7 @@ every added token must come out as the same tokens.
 
 import json
 import tempfile
+import unicodedata
 from collections.abc import Sequence
 from pathlib import Path
 
@@ -18,22 +19,26 @@ from luthier_trainer.export.gguf import library
 from luthier_trainer.export.gguf.vocabulary import Vocabulary, definition, unsupported
 from luthier_trainer.stop import Check
 
-_RULES = (
-    "gpt-2",
-    "llama-bpe",
-    "qwen2",
-    "smollm",
-    "tekken",
-    "deepseek-r1-qwen",
-    "deepseek-v3",
-    "deepseek-llm",
-    "deepseek-coder",
-    "qwen35",
-    "gpt-4o",
-    "falcon3",
-    "starcoder",
-)
-"""llama.cpp's names of ways to cut texts into words."""
+_RULES = {
+    "gpt-2": "",
+    "smollm": '"Digits"',
+    "llama-bpe": r"(?i:'s|'t|'re|'ve|'m|'ll|'d)|[^\r\n\p{L}\p{N}]?\p{L}+|\p{N}{1,3}|",
+    "qwen2": r"(?i:'s|'t|'re|'ve|'m|'ll|'d)|[^\r\n\p{L}\p{N}]?\p{L}+|\p{N}|",
+    "qwen35": r"[\p{L}\p{M}]+|\p{N}|",
+    "tekken": r"\p{Lt}",
+    "gpt-4o": r"|\p{N}{1,3}| ?[^\s\p{L}\p{N}]+[\r\n/]*|",
+    "deepseek-r1-qwen": "",
+    "deepseek-v3": "",
+    "deepseek-llm": "",
+    "deepseek-coder": "",
+    "falcon3": "",
+    "starcoder": "",
+}
+"""llama.cpp's names of ways to cut texts into words, and what the definition of a tokenizer that cuts so has in it.
+Such a rule is tried first, because several may give the same tokens with a small vocabulary."""
+_INEXACT = {"tekken"}
+"""Rules that llama.cpp has only nearly: its expression for words takes no notice of marks, such as the vowels of
+Devanagari, that follow a letter."""
 _SAMPLE = 1000
 _ADDED = 500
 _WIDTH = 32
@@ -42,30 +47,39 @@ HARD_TEXTS: tuple[str, ...] = tuple(json.loads((Path(__file__).parent / "hard_te
 
 
 def proven(vocabulary: Vocabulary, tokenizer: PreTrainedTokenizerBase, check: Check) -> Vocabulary:
-    """The vocabulary with the rule by which llama.cpp makes the tokenizer's tokens of every text that is tried. Raises
-    TrainingError EXPORT_UNSUPPORTED with the first text that differs under the rule that comes nearest."""
+    """The vocabulary with the rule by which llama.cpp makes the tokenizer's tokens of every text that is tried. Where
+    llama.cpp has a rule only nearly, texts with combining marks may differ, and a note says so.
+
+    Raises TrainingError EXPORT_UNSUPPORTED with the first text that differs under the rule that comes nearest.
+    """
     texts = _texts(vocabulary, tokenizer)
     wanted = [list(tokenizer(text)["input_ids"]) for text in texts]
     nearest: tuple[int, str] | None = None
-    for candidate in _candidates(vocabulary):
+    for candidate in _candidates(vocabulary, json.dumps(definition(tokenizer), ensure_ascii=False)):
         check()
         found = _tokenized(candidate, texts)
         if isinstance(found, str):
             nearest = nearest or (-1, found)
             continue
         differing = [i for i, tokens in enumerate(found) if tokens != wanted[i]]
-        if not differing:
-            return candidate
+        told = [_difference(texts[i], wanted[i], found[i], vocabulary) for i in differing[:1]]
+        if all(candidate.pre in _INEXACT and _has_marks(texts[i]) for i in differing):
+            return candidate.noted(f"llama.cpp cuts words with combining marks otherwise: {each}." for each in told)
         if nearest is None or len(texts) - len(differing) > nearest[0]:
-            first = differing[0]
-            nearest = len(texts) - len(differing), _difference(texts[first], wanted[first], found[first], vocabulary)
+            nearest = len(texts) - len(differing), told[0]
     raise unsupported(f"one whose words llama.cpp cuts otherwise: {nearest[1] if nearest else 'no rule is known'}")
 
 
-def _candidates(vocabulary: Vocabulary) -> Sequence[Vocabulary]:
+def _candidates(vocabulary: Vocabulary, defined: str) -> Sequence[Vocabulary]:
     if vocabulary.model == "llama":
         return [vocabulary.spaced(True), vocabulary.spaced(False)]
-    return [vocabulary.cut_by(rule) for rule in _RULES]
+    signs = {rule: json.dumps(sign)[1:-1] if "\\" in sign else sign for rule, sign in _RULES.items()}
+    likely = sorted(_RULES, key=lambda rule: not (signs[rule] and signs[rule] in defined))
+    return [vocabulary.cut_by(rule) for rule in likely]
+
+
+def _has_marks(text: str) -> bool:
+    return any(unicodedata.category(each).startswith("M") for each in text)
 
 
 def _texts(vocabulary: Vocabulary, tokenizer: PreTrainedTokenizerBase) -> list[str]:

@@ -1,7 +1,7 @@
 """A tokenizer as the vocabulary of a GGUF file."""
 
 import json
-from collections.abc import Mapping, Sequence
+from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass, field, replace
 from typing import Any
 
@@ -19,7 +19,8 @@ class Vocabulary:
     """A vocabulary. model: `gpt2` for byte-level BPE, `llama` for SentencePiece's. pre: how llama.cpp cuts texts into
     words before BPE. tokens, types: one of each row of the embedding. scores: of SentencePiece, which piece is made
     first. add_bos, add_eos: whether each text begins or ends so. add_space_prefix: whether a space is put before texts.
-    special: token ids by llama.cpp's name. template: the chat template, empty for none."""
+    special: token ids by llama.cpp's name. template: the chat template, empty for none.
+    notes: what a user should know."""
 
     model: str
     pre: str
@@ -32,6 +33,7 @@ class Vocabulary:
     add_space_prefix: bool | None = None
     special: Mapping[str, int] = field(default_factory=dict)
     template: str = ""
+    notes: tuple[str, ...] = ()
 
     def add_to(self, writer: GGUFWriter) -> None:
         """Writes it into a file's metadata."""
@@ -55,6 +57,10 @@ class Vocabulary:
     def cut_by(self, pre: str) -> "Vocabulary":
         """The same with another way to cut texts into words."""
         return replace(self, pre=pre)
+
+    def noted(self, notes: Iterable[str]) -> "Vocabulary":
+        """The same with more notes."""
+        return replace(self, notes=(*self.notes, *notes))
 
     def spaced(self, prefix: bool) -> "Vocabulary":
         """The same with or without a space before texts."""
