@@ -12,7 +12,7 @@ from typing import Any
 
 import pytest
 from daemon import ROWS, Daemon, puppet, small
-from unit.client.command import run
+from unit.client.command import called
 
 from luthier.v1.job_pb2 import Hyperparameters
 from luthier_client import Client, errors, exports
@@ -45,37 +45,43 @@ def tuned(daemon: Daemon, **task: Any) -> str:
 
 def told(daemon: Daemon, *arguments: str) -> Any:
     """What a command prints as JSON."""
-    done = run(*arguments, "-o", "json", endpoint=daemon.address)
+    done = called(*arguments, "-o", "json", endpoint=daemon.address)
     assert done.returncode == 0, done.stderr
     return json.loads(done.stdout)
 
 
 def test_a_name_is_registered_aliased_moved_rolled_back_and_found_everywhere(daemon: Daemon, client: Client) -> None:
     first, second = tuned(daemon, model_name="support-bot"), tuned(daemon)
-    assert run("model", "register", second, "support-bot", endpoint=daemon.address).stdout.startswith("support-bot@2  ")
+    assert called("model", "register", second, "support-bot", endpoint=daemon.address).stdout.startswith(
+        "support-bot@2  "
+    )
     assert client.register_model(second, "support-bot").version == 2
     assert told(daemon, "model", "alias", "support-bot", "production", "1")["model_id"] == first
-    moved = run("model", "alias", "support-bot", "production", "2", endpoint=daemon.address).stdout
+    moved = called("model", "alias", "support-bot", "production", "2", endpoint=daemon.address).stdout
     assert f"support-bot@2  {second}" in moved and "before: @1" in moved
     assert told(daemon, "model", "rollback", "support-bot", "production")["version"] == 1
     for text, expected in (("support-bot", second), ("support-bot@1", first), ("support-bot@production", first)):
-        assert run("model", "get", text, "-o", "id", endpoint=daemon.address).stdout.strip() == expected
+        assert called("model", "get", text, "-o", "id", endpoint=daemon.address).stdout.strip() == expected
     assert [each["id"] for each in told(daemon, "model", "list", "--name", "support-bot")] == [second, first]
     (name,) = [each for each in told(daemon, "model", "names") if each["name"] == "support-bot"]
     assert [each["version"] for each in name["versions"]] == [2, 1]
-    shown = run("model", "names", endpoint=daemon.address).stdout
+    shown = called("model", "names", endpoint=daemon.address).stdout
     assert "production=@1" in shown and "@2" in shown
+    # Ids are upper-case and names are not; digits alone may be either.
+    client.register_model(second, "2026")
+    assert ids.model(client, "2026") == "2026" and client.get_model("2026").id == second
+    assert ids.model(client, first.removeprefix("model_")[:18]) in (first, second)
     assert ids.model(client, first[:24]) == first and ids.model(client, "support-bot@1") == "support-bot@1"
-    assert run("model", "alias", "support-bot", "production", "--delete", endpoint=daemon.address).returncode == 0
-    assert run("model", "get", "support-bot@production", endpoint=daemon.address).returncode == 1
-    missing = run("model", "alias", "support-bot", "production", "7", endpoint=daemon.address)
+    assert called("model", "alias", "support-bot", "production", "--delete", endpoint=daemon.address).returncode == 0
+    assert called("model", "get", "support-bot@production", endpoint=daemon.address).returncode == 1
+    missing = called("model", "alias", "support-bot", "production", "7", endpoint=daemon.address)
     assert missing.returncode == 1 and "versions 2, 1" in missing.stderr
-    assert run("model", "alias", "support-bot", "production", endpoint=daemon.address).returncode == 2
+    assert called("model", "alias", "support-bot", "production", endpoint=daemon.address).returncode == 2
 
 
 def test_tags_and_descriptions_are_set_and_taken_away(daemon: Daemon, client: Client) -> None:
     model = tuned(daemon)
-    shown = run("model", "tag", model, "team=search", "stage=trial", endpoint=daemon.address)
+    shown = called("model", "tag", model, "team=search", "stage=trial", endpoint=daemon.address)
     assert "stage=trial, team=search" in shown.stdout
     assert told(daemon, "model", "tag", model, "stage-")["tags"] == {"team": "search"}
     assert [each.id for each in client.list_models(tags={"team": "search"})] == [model]
@@ -84,8 +90,8 @@ def test_tags_and_descriptions_are_set_and_taken_away(daemon: Daemon, client: Cl
     assert "Answers questions." in client.model_card(model)
     assert client.get_model(model).tags == {"team": "search"}
     for wrong in ("x", "=x", "-"):
-        assert run("model", "tag", model, wrong, endpoint=daemon.address).returncode == 2
-    assert run("model", "tag", model, "a=1", "a-", endpoint=daemon.address).returncode == 2
+        assert called("model", "tag", model, wrong, endpoint=daemon.address).returncode == 2
+    assert called("model", "tag", model, "a=1", "a-", endpoint=daemon.address).returncode == 2
 
 
 def test_a_lineage_leads_to_the_base_the_data_and_what_was_made_of_it(
@@ -96,43 +102,43 @@ def test_a_lineage_leads_to_the_base_the_data_and_what_was_made_of_it(
         if file.is_file():
             shutil.copy(file, daemon.data_dir / "models" / parent)
     child = tuned(daemon, base_model="lineage@1")
-    shown = run("model", "lineage", "lineage", endpoint=daemon.address).stdout
+    shown = called("model", "lineage", "lineage", endpoint=daemon.address).stdout
     assert "builtin/tiny" in shown and "rows@1" in shown and child in shown.partition("made of it")[2]
     nodes = {each["id"] for each in told(daemon, "model", "lineage", child)["nodes"]}
     assert {parent, child, "builtin/tiny"} <= nodes
-    assert run("model", "lineage", "lineage@1", "-o", "id", endpoint=daemon.address).stdout.split()[0] == parent
+    assert called("model", "lineage", "lineage@1", "-o", "id", endpoint=daemon.address).stdout.split()[0] == parent
     card = tmp_path / "README.md"
-    assert run("model", "card", "lineage", "--to", str(card), endpoint=daemon.address).returncode == 0
+    assert called("model", "card", "lineage", "--to", str(card), endpoint=daemon.address).returncode == 0
     assert card.read_text() == client.model_card(parent)
-    assert run("model", "card", "lineage", "--to", str(card), endpoint=daemon.address).returncode == 1
-    refused = run("model", "delete", parent, endpoint=daemon.address)
+    assert called("model", "card", "lineage", "--to", str(card), endpoint=daemon.address).returncode == 1
+    refused = called("model", "delete", parent, endpoint=daemon.address)
     assert refused.returncode == 1 and f"luthier model delete {child}" in refused.stderr
-    by_name = run("model", "delete", "lineage@1", endpoint=daemon.address)
+    by_name = called("model", "delete", "lineage@1", endpoint=daemon.address)
     assert by_name.returncode == 2 and f"luthier model delete {parent}" in by_name.stderr
     for model in (child, parent):
-        assert run("model", "delete", model, endpoint=daemon.address).returncode == 0
+        assert called("model", "delete", model, endpoint=daemon.address).returncode == 0
     with pytest.raises(errors.NotFound):
         client.get_model(parent)
 
 
 def test_an_export_is_made_shown_downloaded_and_deleted(daemon: Daemon, client: Client, tmp_path: Path) -> None:
     model = tuned(daemon, model_name="exported")
-    shown = run("model", "export", "exported", "--format", "gguf", "--type", "q8_0", endpoint=daemon.address)
+    shown = called("model", "export", "exported", "--format", "gguf", "--type", "q8_0", endpoint=daemon.address)
     assert shown.returncode == 0, shown.stdout + shown.stderr
     assert "proof passed" in shown.stdout
     (export,) = told(daemon, "export", "list", "--model", "exported@1")
     assert export["model_id"] == model and f"luthier export download {export['id']}" in shown.stdout
-    got = run("export", "get", export["id"][:20], endpoint=daemon.address).stdout
+    got = called("export", "get", export["id"][:20], endpoint=daemon.address).stdout
     assert "gguf q8_0" in got and "proof passed" in got
     folder, tar = tmp_path / "files", tmp_path / "files.tar"
-    assert run("export", "download", "@latest", "--to", str(folder), endpoint=daemon.address).returncode == 0
-    assert run("model", "download", export["id"], "--tar", str(tar), endpoint=daemon.address).returncode == 0
+    assert called("export", "download", "@latest", "--to", str(folder), endpoint=daemon.address).returncode == 0
+    assert called("model", "download", export["id"], "--tar", str(tar), endpoint=daemon.address).returncode == 0
     assert from_tar(tar) == below(folder)
     assert {each.path for each in client.get_export(export["id"]).files} == set(below(folder))
-    refused = run("model", "delete", model, endpoint=daemon.address)
+    refused = called("model", "delete", model, endpoint=daemon.address)
     assert refused.returncode == 1 and f"(luthier export delete {export['id']})" in refused.stderr
-    assert run("export", "delete", "@latest", endpoint=daemon.address).returncode == 0
-    assert run("export", "get", export["id"], endpoint=daemon.address).returncode == 1
+    assert called("export", "delete", "@latest", endpoint=daemon.address).returncode == 0
+    assert called("export", "get", export["id"], endpoint=daemon.address).returncode == 1
     assert list(client.list_exports(model=model)) == []
     planned = client.export_model(model, exports.merged("f16"), validate_only=True)
     assert planned.proto.resolved_spec.export.proof_rows == 16
@@ -144,13 +150,13 @@ def test_a_model_is_made_again_from_itself_and_the_two_are_equal(daemon: Daemon,
     daemon.upload(ROWS[: ROWS.index(b"\n", 200) + 1], name="again-validation")
     numbers = Hyperparameters(warmup_ratio=0.1, epochs=2)
     model = tuned(daemon, suffix="bot", hyperparameters=numbers, validation_dataset="again-validation")
-    made = run("job", "create", "--from", model, "--watch", endpoint=daemon.address)
+    made = called("job", "create", "--from", model, "--watch", endpoint=daemon.address)
     assert made.returncode == 0, made.stderr
     assert "takes over: base model builtin/tiny, trained on ds_" in made.stderr and "changed:" not in made.stderr
     job = told(daemon, "job", "get", "@latest")
-    equal = run("job", "diff", model, job["id"], endpoint=daemon.address)
+    equal = called("job", "diff", model, job["id"], endpoint=daemon.address)
     assert equal.stdout.startswith(f"equal: {model} and {job['id']}"), equal.stdout
-    other = run(
+    other = called(
         *("job", "create", "--from", model, "--watch", "--epochs", "1", "--set", "warmup_steps=1"),
         *("--set", "lora.rank=4", "--model-name", "again"),
         endpoint=daemon.address,
@@ -159,7 +165,7 @@ def test_a_model_is_made_again_from_itself_and_the_two_are_equal(daemon: Daemon,
     assert "changed: hyperparameters.epochs 2.0 " in other.stderr and "changed: lora.rank 16 " in other.stderr
     differences = told(daemon, "job", "diff", model, "again")["differences"]
     assert {"fine_tune.lora.rank", "fine_tune.hyperparameters.epochs"} <= {each["field"] for each in differences}
-    planned = run("job", "create", "--from", "again@1", "--validate-only", endpoint=daemon.address)
+    planned = called("job", "create", "--from", "again@1", "--validate-only", endpoint=daemon.address)
     assert planned.returncode == 0 and "model_name: again" in planned.stdout
 
 
@@ -184,8 +190,8 @@ def test_a_model_whose_job_was_deleted_is_still_made_again_and_compared(daemon: 
     model = tuned(daemon)
     with Client(daemon.address) as client:
         client.get_job(client.get_model(model).job_id).delete()
-    assert run("job", "create", "--from", model, "--validate-only", endpoint=daemon.address).returncode == 0
-    told_of = run("job", "diff", model, model, endpoint=daemon.address)
+    assert called("job", "create", "--from", model, "--validate-only", endpoint=daemon.address).returncode == 0
+    told_of = called("job", "diff", model, model, endpoint=daemon.address)
     assert told_of.stdout.startswith("equal: ") and "plan" in told_of.stderr
 
 
@@ -256,7 +262,7 @@ def test_a_download_whose_connection_is_cut_goes_on_and_ends_byte_equal(
     files = large(daemon, model)
     proxy = Proxy(daemon.address, [500_000, 2_500_000, 1_000, 2_500_000])
     target = tmp_path / "out"
-    done = run("model", "download", model, kind, str(target), endpoint=proxy.endpoint)
+    done = called("model", "download", model, kind, str(target), endpoint=proxy.endpoint)
     proxy.close()
     assert done.returncode == 0, done.stderr
     assert proxy.connections == 5

@@ -209,6 +209,34 @@ def test_another_manifest_than_the_one_on_disk_starts_over(tmp_path: Path, kind:
             assert tar.getnames() == ["manifest.json", "other"]
 
 
+@pytest.mark.parametrize("kind", ["directory", "tar"])
+@pytest.mark.parametrize(
+    ("responses", "reason"),
+    [
+        ([manifest("../up")], "UNSAFE_PATH"),
+        ([WHOLE, WHOLE], "OUT_OF_ORDER"),
+        ([chunk("c", b"last")], "OUT_OF_ORDER"),
+        ([WHOLE, chunk("b.bin", b"x", offset=760)], "OUT_OF_ORDER"),
+        ([WHOLE, chunk("../up", b"x")], "SIZE_MISMATCH"),
+        ([WHOLE, chunk("c", b"last")], "SIZE_MISMATCH"),
+        ([WHOLE], "SIZE_MISMATCH"),
+        ([], "INCOMPLETE"),
+    ],
+)
+def test_a_download_that_is_gone_on_from_is_trusted_no_more_than_a_new_one(
+    tmp_path: Path, kind: str, responses: list[DownloadModelResponse], reason: str
+) -> None:
+    broken(kind, tmp_path, MESSAGES - 9)
+    with pytest.raises(DownloadDamaged) as caught, Download(target(kind, tmp_path)) as download:
+        download.take_up()
+        assert download.request("m").from_offset > 0
+        for response in responses:
+            download.accept(response)
+        download.finish()
+    assert caught.value.reason == reason
+    assert list(tmp_path.iterdir()) == []
+
+
 def test_a_server_that_changes_its_files_all_the_time_is_given_up(tmp_path: Path) -> None:
     with pytest.raises(DownloadDamaged) as caught, Download(Directory(tmp_path / "target")) as download:
         for number in range(10):

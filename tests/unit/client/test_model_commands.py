@@ -9,7 +9,7 @@ from io import BytesIO
 from pathlib import Path
 
 import pytest
-from unit.client.command import LUTHIER, Terminal, job_file, run
+from unit.client.command import LUTHIER, Terminal, called, job_file
 from unit.client.fake_models import FILES
 from unit.client.fake_server import FakeServer
 
@@ -23,7 +23,7 @@ from luthier_client.cli.model_edit import resolving
 
 
 def test_an_export_prints_its_phases_its_proof_and_what_is_next(endpoint: str) -> None:
-    shown = run("model", "export", "bot@production", "--format", "gguf", "--type", "Q4_K_M", endpoint=endpoint)
+    shown = called("model", "export", "bot@production", "--format", "gguf", "--type", "Q4_K_M", endpoint=endpoint)
     assert shown.returncode == 0, shown.stderr
     for words in (
         "exporting 2/2 files", "proving 8/16 rows", "publishing 1/2 files", "gguf q4_k_m of bot@production",
@@ -37,12 +37,12 @@ def test_an_export_prints_its_phases_its_proof_and_what_is_next(endpoint: str) -
 
 
 def test_an_export_that_differs_fails_and_says_what_differs(endpoint: str) -> None:
-    shown = run("model", "export", "unequal", "--format", "merged", endpoint=endpoint)
+    shown = called("model", "export", "unequal", "--format", "merged", endpoint=endpoint)
     assert shown.returncode == 1
     for words in ("EXPORT_NOT_EQUAL", "Take more bits.", "proof FAILED: top1_agreement", "25%", "'lute', not 'harp'"):
         assert words in shown.stdout, words
     assert "\x1b" not in shown.stdout and "luthier export download" not in shown.stdout
-    as_json = run("model", "export", "unequal", "--format", "merged", "-o", "json", endpoint=endpoint)
+    as_json = called("model", "export", "unequal", "--format", "merged", "-o", "json", endpoint=endpoint)
     assert as_json.returncode == 1 and as_json.stdout == ""
     assert json.loads(as_json.stderr)["error"]["reason"] == "EXPORT_NOT_EQUAL"
 
@@ -50,19 +50,19 @@ def test_an_export_that_differs_fails_and_says_what_differs(endpoint: str) -> No
 def test_an_export_for_programs_is_the_export(own_server: FakeServer) -> None:
     server = own_server.endpoint
     arguments = ["model", "export", "bot", "--format", "merged", "--type", "fp16", "--to", "hf://me/bot"]
-    made = json.loads(run(*arguments, "--secret", "hub", "--rows", "1", "-o", "json", endpoint=server).stdout)
+    made = json.loads(called(*arguments, "--secret", "hub", "--rows", "1", "-o", "json", endpoint=server).stdout)
     assert made["task"]["merged"]["weights"] == "WEIGHT_TYPE_F16"
     assert made["task"]["destination"] == {"uri": "hf://me/bot", "credentials_secret": "hub", "public": False}
-    assert run("export", "get", "@latest", "-o", "id", endpoint=server).stdout.strip() == made["id"]
-    assert run("export", "get", made["id"][:20], "-o", "id", endpoint=server).stdout.strip() == made["id"]
-    assert run("export", "list", "-o", "id", endpoint=server).stdout.strip() == made["id"]
-    assert "merged f16" in run("export", "list", endpoint=server).stdout
-    job = run(*arguments, "--no-wait", "-o", "id", endpoint=server).stdout.strip()
+    assert called("export", "get", "@latest", "-o", "id", endpoint=server).stdout.strip() == made["id"]
+    assert called("export", "get", made["id"][:20], "-o", "id", endpoint=server).stdout.strip() == made["id"]
+    assert called("export", "list", "-o", "id", endpoint=server).stdout.strip() == made["id"]
+    assert "merged f16" in called("export", "list", endpoint=server).stdout
+    job = called(*arguments, "--no-wait", "-o", "id", endpoint=server).stdout.strip()
     assert job.startswith("job_")
     # No command about jobs minds that there are no steps.
     for command in (["watch"], ["wait"], ["get"], ["logs"]):
-        assert run("job", *command, job, endpoint=server).returncode == 0
-    listed = run("job", "list", endpoint=server).stdout
+        assert called("job", *command, job, endpoint=server).returncode == 0
+    listed = called("job", "list", endpoint=server).stdout
     assert listed.count("merged f16 of bot") == 2
 
 
@@ -79,7 +79,7 @@ def test_an_export_for_programs_is_the_export(own_server: FakeServer) -> None:
     ],
 )
 def test_options_that_do_not_go_together_are_refused_before_anything_is_sent(arguments: list[str], words: str) -> None:
-    refused = run("model", "export", "bot", *arguments)
+    refused = called("model", "export", "bot", *arguments)
     assert refused.returncode == 2 and words in refused.stderr
 
 
@@ -96,7 +96,7 @@ def test_the_live_view_of_an_export_shows_phases_and_ends_with_the_proof(endpoin
 
 def test_a_refused_deletion_lists_each_dependent_with_the_command_that_resolves_it(endpoint: str) -> None:
     model = "model_01J8ZQ4Y6N0000000000000009"
-    refused = run("model", "delete", model, endpoint=endpoint)
+    refused = called("model", "delete", model, endpoint=endpoint)
     assert refused.returncode == 1
     for line in (
         "  job_01J8ZQ4Y6N0000000000000001: goes on from it (luthier job cancel job_01J8ZQ4Y6N0000000000000001)\n",
@@ -110,13 +110,13 @@ def test_a_refused_deletion_lists_each_dependent_with_the_command_that_resolves_
 
 
 def test_a_deletion_by_name_is_refused_with_the_id_that_it_would_be(own_server: FakeServer, tmp_path: Path) -> None:
-    refused = run("model", "delete", "job_01J8ZQ4Y6N0000000000000001:step-3", endpoint=own_server.endpoint)
+    refused = called("model", "delete", "job_01J8ZQ4Y6N0000000000000001:step-3", endpoint=own_server.endpoint)
     assert refused.returncode == 2 and "delete takes an id" in refused.stderr
 
 
 def test_a_deletion_asks_on_a_terminal(own_server: FakeServer, tmp_path: Path) -> None:
     file = job_file(tmp_path)
-    assert run("job", "create", "--watch", "-f", file, endpoint=own_server.endpoint).returncode == 0
+    assert called("job", "create", "--watch", "-f", file, endpoint=own_server.endpoint).returncode == 0
     terminal = Terminal("model", "delete", "@latest", endpoint=own_server.endpoint)
     terminal.until("delete model_")
     terminal.type("n\n")
@@ -132,11 +132,11 @@ def test_a_tar_on_stdout_is_nothing_but_the_tar(endpoint: str, tmp_path: Path) -
         members = {member.name: tar.extractfile(member).read() for member in tar}  # type: ignore[union-attr]
     assert next(iter(members)) == "manifest.json" and {name: members[name] for name in FILES} == FILES
     file = tmp_path / "bot.tar"
-    assert run("model", "download", "bot@3", "--tar", str(file), endpoint=endpoint).returncode == 0
+    assert called("model", "download", "bot@3", "--tar", str(file), endpoint=endpoint).returncode == 0
     assert file.read_bytes() == shown.stdout
-    again = run("model", "download", "bot@3", "--tar", str(file), endpoint=endpoint)
+    again = called("model", "download", "bot@3", "--tar", str(file), endpoint=endpoint)
     assert again.returncode == 1 and "exists already" in again.stderr
-    assert run("model", "download", "bot", "--tar", "x", "--to", "y", endpoint=endpoint).returncode == 2
+    assert called("model", "download", "bot", "--tar", "x", "--to", "y", endpoint=endpoint).returncode == 2
     terminal = Terminal("model", "download", "bot", "--tar", "-", endpoint=endpoint)
     assert terminal.end() == 2 and "stdout is a terminal" in terminal.screen
 
@@ -150,7 +150,7 @@ def test_an_interrupted_download_says_how_to_go_on_and_does(own_server: FakeServ
     os.kill(terminal.pid, signal.SIGINT)
     assert terminal.end() == 130
     assert "give the command again" in terminal.screen and not (tmp_path / "out").exists()
-    assert run(*arguments, endpoint=own_server.endpoint).returncode == 0
+    assert called(*arguments, endpoint=own_server.endpoint).returncode == 0
     assert {each.name: each.read_bytes() for each in (tmp_path / "out").iterdir()} == FILES
     assert own_server.calls("DownloadModel")[-1]["offset"] > 0
 
@@ -210,26 +210,30 @@ def test_a_diff_of_two_jobs_says_that_they_are_equal_or_what_differs(own_server:
     server = own_server.endpoint
     file = job_file(tmp_path)
     one, two, three = (
-        run("job", "create", "--watch", "-f", file, "-o", "id", "--set", f"max_steps={steps}", endpoint=server).stdout
+        called(
+            "job", "create", "--watch", "-f", file, "-o", "id", "--set", f"max_steps={steps}", endpoint=server
+        ).stdout
         for steps in (3, 3, 4)
     )
-    equal = run("job", "diff", one.strip(), two.strip(), endpoint=server)
+    equal = called("job", "diff", one.strip(), two.strip(), endpoint=server)
     assert equal.returncode == 0 and equal.stdout.startswith("equal: job_")
-    differing = run("job", "diff", one.strip(), "@latest", endpoint=server)
+    differing = called("job", "diff", one.strip(), "@latest", endpoint=server)
     assert "fine_tune.hyperparameters.max_steps" in differing.stdout and three.strip() in differing.stdout
-    told = json.loads(run("job", "diff", one.strip(), three.strip(), "-o", "json", endpoint=server).stdout)
+    told = json.loads(called("job", "diff", one.strip(), three.strip(), "-o", "json", endpoint=server).stdout)
     assert not told["equal"] and told["differences"][0]["a"] == 3
-    export = run("model", "export", "bot", "--format", "gguf", "--no-wait", "-o", "id", endpoint=server).stdout.strip()
-    assert "export.model" in run("job", "diff", one.strip(), export, endpoint=server).stdout
+    export = called(
+        "model", "export", "bot", "--format", "gguf", "--no-wait", "-o", "id", endpoint=server
+    ).stdout.strip()
+    assert "export.model" in called("job", "diff", one.strip(), export, endpoint=server).stdout
 
 
 def test_a_model_of_an_older_server_has_no_spec_to_run_again(own_server: FakeServer, tmp_path: Path) -> None:
-    assert run("job", "create", "--watch", "-f", job_file(tmp_path), endpoint=own_server.endpoint).returncode == 0
-    refused = run("job", "create", "--from", "@latest", endpoint=own_server.endpoint)
+    assert called("job", "create", "--watch", "-f", job_file(tmp_path), endpoint=own_server.endpoint).returncode == 0
+    refused = called("job", "create", "--from", "@latest", endpoint=own_server.endpoint)
     assert refused.returncode == 1
     assert "made by an older server, which kept no spec" in refused.stderr and "hint:" in refused.stderr
-    assert run("job", "create", endpoint=own_server.endpoint).returncode == 2
-    assert run("job", "create", "--from", "a", "-f", "b", endpoint=own_server.endpoint).returncode == 2
+    assert called("job", "create", endpoint=own_server.endpoint).returncode == 2
+    assert called("job", "create", "--from", "a", "-f", "b", endpoint=own_server.endpoint).returncode == 2
 
 
 @pytest.mark.parametrize("group", ["model", "export"])
