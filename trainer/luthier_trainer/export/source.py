@@ -12,6 +12,7 @@ from luthier.trainer.v1.task_pb2 import BaseModelSource, TrainerTask
 from luthier_trainer import durable
 from luthier_trainer.errors import TrainingError
 from luthier_trainer.inspect import BUILTIN
+from luthier_trainer.licence import licence_in
 from luthier_trainer.save import LINEAGE
 
 ADAPTER_CONFIG = "adapter_config.json"
@@ -43,8 +44,9 @@ class Tuned:
 
     @property
     def base_licence(self) -> str:
-        """The licence of the base as its README's header tells; empty when that does not."""
-        return licence(self.base)
+        """The licence of the base, as the model's own note or the base's files tell; empty when they do not."""
+        noted = read_json(self.directory / LINEAGE).get("base_model", {})
+        return (_text(noted, "licence") if isinstance(noted, dict) else "") or licence_in(self.base)
 
 
 def read_tuned(task: TrainerTask) -> Tuned:
@@ -93,23 +95,6 @@ def read_json(path: Path) -> dict[str, Any]:
     except (OSError, ValueError, RecursionError):
         return {}
     return value if isinstance(value, dict) else {}
-
-
-def licence(directory: Path) -> str:
-    """The licence that the header of a model's README tells, such as `apache-2.0`; empty when it does not."""
-    try:
-        lines = (directory / "README.md").read_text(encoding="utf-8", errors="replace").splitlines()
-    except OSError:
-        return ""
-    if not lines or lines[0].strip() != "---":
-        return ""
-    for line in lines[1:100]:
-        if line.strip() == "---":
-            return ""
-        key, colon, value = line.partition(":")
-        if colon and key in ("license", "licence") and value.strip():
-            return value.strip().strip("\"'")[:200]
-    return ""
 
 
 def _base(source: BaseModelSource, hub_id: str, commit: str) -> tuple[Path, str]:
