@@ -72,7 +72,7 @@ def test_a_name_is_registered_aliased_moved_rolled_back_and_found_everywhere(dae
     assert ids.model(client, "2026") == "2026" and client.get_model("2026").id == second
     assert ids.model(client, first.removeprefix("model_")[:18]) in (first, second)
     assert ids.model(client, first[:24]) == first and ids.model(client, "support-bot@1") == "support-bot@1"
-    assert called("model", "alias", "support-bot", "production", "--delete", endpoint=daemon.address).returncode == 0
+    assert told(daemon, "model", "alias", "support-bot", "production", "--delete")["deleted"]
     assert called("model", "get", "support-bot@production", endpoint=daemon.address).returncode == 1
     missing = called("model", "alias", "support-bot", "production", "7", endpoint=daemon.address)
     assert missing.returncode == 1 and "versions 2, 1" in missing.stderr

@@ -78,6 +78,8 @@ def register(ctx: click.Context, model_id: str, name: str) -> None:
 @click.pass_context
 def alias(ctx: click.Context, name: str, alias_name: str, version: int | None, delete: bool) -> None:
     """Point an alias of NAME, such as production, to a version."""
+    import json
+
     from luthier_client.cli.connect import connect
 
     if delete and version is not None:
@@ -88,8 +90,10 @@ def alias(ctx: click.Context, name: str, alias_name: str, version: int | None, d
     with connect(chosen) as client:
         if delete:
             client.delete_model_alias(name, alias_name)
-            if chosen.output == "table":
-                click.echo(f"deleted {name}@{alias_name}")
+            if chosen.output == "json":
+                click.echo(json.dumps({"name": name, "alias": alias_name, "deleted": True}))
+            else:
+                click.echo(f"{name}@{alias_name}" if chosen.output == "id" else f"deleted {name}@{alias_name}")
             return
         assert version is not None
         _told(ctx, client.set_model_alias(name, alias_name, version))
