@@ -34,8 +34,8 @@ _RULES = {
     "falcon3": "",
     "starcoder": "",
 }
-"""llama.cpp's names of ways to cut texts into words, and what the definition of a tokenizer has that cuts so. Such a rule
-is tried first, because several may give the same tokens with a small vocabulary."""
+"""llama.cpp's names of ways to cut texts into words, and what the definition of a tokenizer that cuts so has in it.
+Such a rule is tried first, because several may give the same tokens with a small vocabulary."""
 _INEXACT = {"tekken"}
 """Rules that llama.cpp has only nearly: its expression for words takes no notice of marks, such as the vowels of
 Devanagari, that follow a letter."""

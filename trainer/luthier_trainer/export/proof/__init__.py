@@ -22,10 +22,10 @@ from luthier.v1.export_task_pb2 import ExportTask, GgufExport
 from luthier_trainer.errors import TrainingError
 from luthier_trainer.export.proof import compare
 from luthier_trainer.export.proof.artefact import Artefact, Loader, NotLoaded
-from luthier_trainer.export.proof.measure import Continuation, Judged, judged
+from luthier_trainer.export.proof.measure import Continuation, Judged, Standing, judged
 from luthier_trainer.export.proof.reference import Reference, ask
 from luthier_trainer.export.proof.rows import ProofRow
-from luthier_trainer.export.proof.thresholds import thresholds_of
+from luthier_trainer.export.proof.thresholds import limits_of, thresholds_of
 from luthier_trainer.export.source import Tuned
 from luthier_trainer.report import Reporter
 from luthier_trainer.stop import Check
@@ -53,10 +53,16 @@ def prove(
     EXPORT_UNSUPPORTED without what loads it, and as the trainer's own loading; StopRequested by `check`.
     """
     count = export.proof_rows if export.HasField("proof_rows") else ROWS
-    limits = thresholds_of(export)
+    thresholds = thresholds_of(export)
     progress = _Progress(reporter, 2 * min(count, dataset.rows or count))
-    reference = ask(tuned, dataset, count, _tokenization(tuned), progress.step, check)
+    reference = ask(tuned, dataset, count, _tokenization(tuned), thresholds.noise, progress.step, check)
     progress.total = 2 * len(reference.rows)
+    limits = limits_of(
+        thresholds,
+        Standing.joined(reference.standings),
+        Judged.joined(reference.shaken) if reference.shaken else None,
+        reference.vocabulary,
+    )
     try:
         with _loaded(tuned, exported, export, reference, cache, check) as (loader, artefact):
             checks = _words(reference, artefact, export)
@@ -65,7 +71,7 @@ def prove(
             for row, standing, answer in zip(*reference.by_row, strict=True):
                 check()
                 found.append(judged(artefact.logits(row.ids[:-1], row.positions), row.targets, standing))
-                if limits.greedy is not None:
+                if limits.answers:
                     answers.append(_reads(artefact, row, answer))
                 progress.step()
             ends = artefact.ends

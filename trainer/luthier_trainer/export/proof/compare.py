@@ -2,7 +2,7 @@
 
 Rounding may choose another of two tokens that the tuned model holds for nearly as likely, and a greedy answer then goes
 another way. An export is blamed for such a choice only where the tuned model sets its own choice apart from the
-export's by more than its type's `tie`: a nearer one counts as the same, and an answer is compared up to there.
+export's by more than the limit of a difference: a nearer one counts as the same, and an answer is compared up to there.
 
 An export need not write an answer to be compared: it reads the tuned model's. It would write the same if and only if
 its own likeliest token is, at each place of it, the one that is there.
@@ -15,11 +15,11 @@ import numpy as np
 
 from luthier.v1.export_proof_pb2 import ProofCheck
 from luthier_trainer.errors import TrainingError
-from luthier_trainer.export.proof.artefact import Artefact
-from luthier_trainer.export.proof.measure import Continuation, Judged, Standing
+from luthier_trainer.export.proof.artefact import Artefact, Floats
+from luthier_trainer.export.proof.measure import Continuation, Judged, Standing, agreement, differences
 from luthier_trainer.export.proof.reference import Reference
 from luthier_trainer.export.proof.texts import HARD_TEXTS
-from luthier_trainer.export.proof.thresholds import Thresholds
+from luthier_trainer.export.proof.thresholds import Limits
 
 _SHOWN = 60
 
@@ -76,76 +76,71 @@ def stop_tokens(reference: Reference, artefact: Artefact) -> ProofCheck:
 
 
 def numbers(
-    reference: Reference,
-    found: Sequence[Judged],
-    answers: Sequence[Judged],
-    ends: frozenset[int],
-    thresholds: Thresholds,
+    reference: Reference, found: Sequence[Judged], answers: Sequence[Judged], ends: frozenset[int], limits: Limits
 ) -> list[ProofCheck]:
     """TOP1_AGREEMENT, LOGPROB_DIFFERENCE, PERPLEXITY_RATIO and GREEDY_TEXT, as far as the type is judged by them.
     found, answers: what the export thinks of the rows and of the tuned model's answers; ends: at which it stops."""
-    checks = [_top1(reference, found, thresholds)]
-    if thresholds.logprob is not None:
-        checks.append(_logprob(reference, found, thresholds.logprob))
-    checks.append(_perplexity(reference, found, thresholds.perplexity))
-    if thresholds.greedy is not None:
-        checks.append(_greedy(reference, answers, ends, thresholds.greedy, thresholds.tie))
+    checks = [_top1(reference, found, limits)]
+    if limits.logprob is not None:
+        checks.append(_logprob(reference, found, limits.logprob))
+    checks.append(_perplexity(reference, found, limits.perplexity))
+    if limits.answers:
+        checks.append(_greedy(reference, answers, ends, limits))
     return checks
 
 
-def _top1(reference: Reference, found: Sequence[Judged], thresholds: Thresholds) -> ProofCheck:
-    total = same = tied = 0
+def _top1(reference: Reference, found: Sequence[Judged], limits: Limits) -> ProofCheck:
+    total = equal = near = 0
     message = ""
-    for row, expected, judged in zip(reference.rows, reference.standings, found, strict=True):
-        for place, token in enumerate(judged.best.tolist()):
-            total += 1
-            if token == expected.ids[place, 0]:
-                same += 1
-            elif _apart(expected, place, token) <= thresholds.tie:
-                tied += 1
-            elif not message:
-                own = int(expected.ids[place, 0])
-                message = (
-                    f"first at line {row.line}, position {row.positions[place]}: {reference.name_of(own)!r} ({own}) is "
-                    f"the likeliest token, and in the export {reference.name_of(token)!r} ({token})"
-                )
-    agree = f"{same} of {total} likeliest tokens are the same" + f", {tied} nearly tied" * (tied > 0)
+    for row, own, judged in zip(reference.rows, reference.standings, found, strict=True):
+        same, tied = agreement(own, judged, _tie(own, limits))
+        total, equal, near = total + len(same), equal + int(same.sum()), near + int(tied.sum())
+        other = np.flatnonzero(~(same | tied))
+        if len(other) and not message:
+            place = int(other[0])
+            expected, token = int(own.ids[place, 0]), int(judged.best[place])
+            message = (
+                f"first at line {row.line}, position {row.positions[place]}: {reference.name_of(expected)!r} "
+                f"({expected}) is the likeliest token, and in the export {reference.name_of(token)!r} ({token})"
+            )
+    agree = f"{equal} of {total} likeliest tokens are the same" + f", {near} nearly tied" * (near > 0)
+    value = (equal + near) / total
     return ProofCheck(
         name="TOP1_AGREEMENT",
-        passed=(same + tied) / total >= thresholds.top1,
-        value=(same + tied) / total,
-        limit=thresholds.top1,
+        passed=value >= limits.top1,
+        value=value,
+        limit=limits.top1,
         message=agree + f"; {message}" * bool(message),
     )
 
 
-def _logprob(reference: Reference, found: Sequence[Judged], at_one: float) -> ProofCheck:
-    spread = float(np.concatenate([each.spread for each in reference.standings]).mean(dtype=np.float64))
-    limit = at_one * max(1.0, spread)
-    largest, where, mean, count = -1.0, "", 0.0, 0
-    for row, expected, judged in zip(reference.rows, reference.standings, found, strict=True):
-        targets = np.abs(judged.target.astype(np.float64) - expected.target)
-        others = np.abs(judged.at.astype(np.float64) - expected.logprobs)
-        mean += float(targets.sum())
-        count += len(targets)
-        every = np.concatenate([targets[:, None], others], axis=1)
+def _tie(own: Standing, limits: Limits) -> Floats:
+    """In nats, of each position."""
+    return limits.tie * (own.spread if limits.tie_by_spread else np.ones_like(own.spread))
+
+
+def _logprob(reference: Reference, found: Sequence[Judged], limit: float) -> ProofCheck:
+    largest, where, sums, count = -1.0, "", 0.0, 0
+    for row, own, judged in zip(reference.rows, reference.standings, found, strict=True):
+        every = differences(own, judged)
+        sums, count = sums + float(every[:, 0].sum()), count + len(every)
         place, column = np.unravel_index(int(every.argmax()), every.shape)
         if every[place, column] > largest:
             largest = float(every[place, column])
-            token = row.targets[place] if column == 0 else int(expected.ids[place, column - 1])
-            own = expected.target[place] if column == 0 else expected.logprobs[place, column - 1]
-            other = judged.target[place] if column == 0 else judged.at[place, column - 1]
+            of_target = column == 0
+            token = row.targets[place] if of_target else int(own.ids[place, column - 1])
+            expected = own.target[place] if of_target else own.logprobs[place, column - 1]
+            other = judged.target[place] if of_target else judged.at[place, column - 1]
             where = (
                 f"at line {row.line}, position {row.positions[place]}, token {reference.name_of(token)!r} ({token}): "
-                f"{own:.6g} and in the export {other:.6g}"
+                f"{expected:.6g} and in the export {other:.6g}"
             )
-    message = f"largest {largest:.3g} nats, mean {mean / count:.3g}; largest {where}"
     return ProofCheck(
         name="LOGPROB_DIFFERENCE",
         passed=largest <= limit,
         value=largest,
         limit=limit,
-        message=message,
+        message=f"largest {largest:.3g} nats, mean {sums / count:.3g}; largest {where}",
         is_ceiling=True,
     )
 
@@ -160,28 +155,26 @@ def _perplexity(reference: Reference, found: Sequence[Judged], limit: float) -> 
     )
 
 
-def _greedy(
-    reference: Reference, found: Sequence[Judged], ends: frozenset[int], limit: float, tie: float
-) -> ProofCheck:
+def _greedy(reference: Reference, found: Sequence[Judged], ends: frozenset[int], limits: Limits) -> ProofCheck:
     equal, message = 0, ""
     for row, expected, judged in zip(reference.rows, reference.continuations, found, strict=True):
-        said = _other_answer(reference, expected, judged, ends, tie)
+        said = _other_answer(reference, expected, judged, ends, limits)
         equal += not said
         if said and not message:
             message = f"line {row.line}: {said}"
-    value = equal / len(reference.rows)
-    message = message or f"{equal} answers are the same"
-    return ProofCheck(name="GREEDY_TEXT", passed=value >= limit, value=value, limit=limit, message=message)
+    return _share("GREEDY_TEXT", equal, len(reference.rows), message or f"{equal} answers are the same")
 
 
 def _other_answer(
-    reference: Reference, expected: Continuation, judged: Judged, ends: frozenset[int], tie: float
+    reference: Reference, expected: Continuation, judged: Judged, ends: frozenset[int], limits: Limits
 ) -> str:
     """How an answer differs; empty where it does not, or goes another way at a tie."""
-    for place, (own, other) in enumerate(zip(expected.ids, judged.best.tolist(), strict=True)):
-        if own != other:
-            if _apart(expected.standing, place, other) <= tie:
-                return ""
+    same, tied = agreement(expected.standing, judged, _tie(expected.standing, limits))
+    for place, own in enumerate(expected.ids):
+        if tied[place]:
+            return ""
+        if not same[place]:
+            other = int(judged.best[place])
             return (
                 f"token {place} of the answer is {reference.name_of(own)!r} ({own}), "
                 f"in the export {reference.name_of(other)!r} ({other})"
@@ -191,17 +184,6 @@ def _other_answer(
     if expected.stopped and expected.ids[-1] not in ends:
         return f"the export goes on after {reference.name_of(expected.ids[-1])!r}, where the tuned model stops"
     return ""
-
-
-def _apart(expected: Standing, place: int, token: int) -> float:
-    """By how many spreads the tuned model prefers its own choice to the token; of a token that is not among its
-    likeliest, at least."""
-    at = np.flatnonzero(expected.ids[place] == token)
-    column = int(at[0]) if len(at) else -1
-    gap = float(expected.logprobs[place, 0]) - float(expected.logprobs[place, column])
-    if not len(at):
-        gap += 1e-6  # it is not as near as the last of them
-    return gap / max(float(expected.spread[place]), 1e-12)
 
 
 def _texts(reference: Reference) -> Iterator[tuple[str, str, bool, list[int]]]:

@@ -4,11 +4,15 @@ from collections.abc import Sequence
 from dataclasses import dataclass
 
 import numpy as np
+import numpy.typing as npt
 
 from luthier_trainer.export.proof.artefact import Floats, Ints
 
-CANDIDATES = 8
-"""How many of the likeliest tokens are kept at each position."""
+CANDIDATES = 64
+"""How many of the likeliest tokens are kept at each position: one of them may be nearly tied with the first."""
+
+COMPARED = 8
+"""Of how many of these the log-probabilities are compared."""
 
 MOST_NEW_TOKENS = 32
 """Length of a greedy answer."""
@@ -29,6 +33,16 @@ class Standing:
         """The first positions."""
         return Standing(self.target[:count], self.ids[:count], self.logprobs[:count], self.spread[:count])
 
+    @staticmethod
+    def joined(parts: Sequence["Standing"]) -> "Standing":
+        """All positions of several texts."""
+        return Standing(
+            np.concatenate([each.target for each in parts]),
+            np.concatenate([each.ids for each in parts]),
+            np.concatenate([each.logprobs for each in parts]),
+            np.concatenate([each.spread for each in parts]),
+        )
+
 
 @dataclass(frozen=True)
 class Judged:
@@ -38,6 +52,15 @@ class Judged:
     target: Floats
     best: Ints
     at: Floats
+
+    @staticmethod
+    def joined(parts: Sequence["Judged"]) -> "Judged":
+        """All positions of several texts."""
+        return Judged(
+            np.concatenate([each.target for each in parts]),
+            np.concatenate([each.best for each in parts]),
+            np.concatenate([each.at for each in parts]),
+        )
 
 
 @dataclass(frozen=True)
@@ -84,12 +107,28 @@ def judged(logits: Floats, targets: Sequence[int], reference: Standing) -> Judge
     return Judged(target, best, at)
 
 
+def differences(own: Standing, other: Judged) -> npt.NDArray[np.float64]:
+    """[n, 1 + COMPARED]: how far the log-probabilities of the token that follows, and of the likeliest, are apart."""
+    targets = np.abs(other.target.astype(np.float64) - own.target)
+    likeliest = np.abs(other.at[:, :COMPARED].astype(np.float64) - own.logprobs[:, :COMPARED])
+    return np.concatenate([targets[:, None], likeliest], axis=1)
+
+
+def agreement(own: Standing, other: Judged, tie: Floats) -> tuple[npt.NDArray[np.bool_], npt.NDArray[np.bool_]]:
+    """(where the likeliest token is the same, where it is another that `own` sets apart from its own by no more than
+    `tie` [n], in nats). A token that is not among CANDIDATES is never tied."""
+    same = other.best == own.ids[:, 0]
+    is_it = own.ids == other.best[:, None]
+    apart = own.logprobs[:, 0] - np.where(is_it, own.logprobs, -np.inf).max(axis=1)
+    return same, ~same & (apart <= tie)
+
+
 def _best(logprobs: Floats) -> Ints:
     """The likeliest tokens, best first; of equal ones the lower id."""
     count = min(CANDIDATES, len(logprobs))
     some = np.argpartition(-logprobs, count - 1)[:count]
     ordered = some[np.lexsort((some, -logprobs[some]))]
-    return np.resize(ordered, CANDIDATES).astype(np.int32)
+    return np.resize(ordered, CANDIDATES).astype(np.int32)  # a tiny vocabulary has fewer
 
 
 def _of(logprobs: Floats, ids: Ints) -> Floats:

@@ -14,7 +14,8 @@ from luthier_trainer.data.masks.masking import Masking
 from luthier_trainer.data.masks.template import Template, template_of
 from luthier_trainer.export.proof.greedy import greedy
 from luthier_trainer.export.proof.loaders.computing import Computing, generation_ends
-from luthier_trainer.export.proof.measure import MOST_NEW_TOKENS, Continuation, Standing, standing
+from luthier_trainer.export.proof.measure import MOST_NEW_TOKENS, Continuation, Judged, Standing, judged, standing
+from luthier_trainer.export.proof.noise import shake
 from luthier_trainer.export.proof.rows import MOST_TOKENS, ProofRow, read_rows
 from luthier_trainer.export.proof.texts import HARD_TEXTS
 from luthier_trainer.export.source import Tuned
@@ -27,18 +28,23 @@ _CONTINUED = LoraSettings(rank=0, alpha=0.0, dropout=0.0, target_modules=(), mod
 
 @dataclass(frozen=True)
 class Reference:
-    """The tuned model's answers. standings, continuations: of each row, of its scored positions and to its prompt;
-    hard: the tokens of HARD_TEXTS, without and with what the tokenizer adds; ends: at which its answers end; taught:
-    the tokens that its training rows end a turn with; longest: tokens that it takes; name_of: a
-    token's text, for people."""
+    """The tuned model's answers.
+
+    standings, continuations: of each row, of its scored positions and to its prompt; shaken: what it thinks of the same
+    positions with noise on its weights, where that was asked for; hard: the tokens of HARD_TEXTS, without and with what
+    the tokenizer adds; ends: at which its answers end; longest: tokens that it takes; name_of: a token's text, for
+    people.
+    """
 
     rows: tuple[ProofRow, ...]
     standings: tuple[Standing, ...]
+    shaken: tuple[Judged, ...]
     continuations: tuple[Continuation, ...]
     hard: tuple[tuple[list[int], list[int]], ...]
     template: Template
     ends: frozenset[int]
     longest: int
+    vocabulary: int
     name_of: Callable[[int], str]
 
     @property
@@ -62,13 +68,15 @@ def ask(
     dataset: DatasetSource,
     count: int,
     tokenization: tokenization_pb2.Tokenization,
+    noise: float,
     progress: Callable[[], None],
     check: Check,
 ) -> Reference:
     """Asks the tuned model about the first `count` usable rows, in 32 bits. Nothing of it is in memory afterwards.
 
-    `progress` is called after each row. Raises TrainingError as `read_rows` and the trainer's own loading, and what
-    `check` raises.
+    `noise`: on its weights, the second time that it is asked, by the root mean square of each weight's row; 0 for no
+    second time. `progress` is called after each row. Raises TrainingError as `read_rows` and the trainer's own loading,
+    and what `check` raises.
     """
     words = BaseModelSource(location=str(tuned.base), adapter_dir=str(tuned.directory))
     tokenizer = load_tokenizer(words)
@@ -94,6 +102,12 @@ def ask(
         standings.append(standing(model.logits(row.ids[:-1], row.positions), row.targets))
         continuations.append(_thought(model, row.prompt_ids, answer, ends))
         progress()
+    shaken = []
+    if noise:
+        shake(base, noise)
+        for row, own in zip(rows, standings, strict=True):
+            check()
+            shaken.append(judged(model.logits(row.ids[:-1], row.positions), row.targets, own))
     _let_go(base)
     hard = [
         (
@@ -105,11 +119,13 @@ def ask(
     return Reference(
         rows=rows,
         standings=tuple(standings),
+        shaken=tuple(shaken),
         continuations=tuple(continuations),
         hard=tuple(hard),
         template=template,
         ends=ends,
         longest=longest,
+        vocabulary=base.config.get_text_config().vocab_size,
         name_of=lambda token: _name(tokenizer, token),
     )
 
