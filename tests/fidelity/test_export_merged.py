@@ -193,3 +193,30 @@ def test_a_weight_is_rounded_once(
     for name, each in wide.items():
         assert torch.equal(found[name], each.to(kind))
         assert float(((found[name].float() - each) / each.abs().clamp_min(1e-3)).abs().max()) <= limit
+
+
+@pytest.mark.filterwarnings("ignore:The following:RuntimeWarning")  # PEFT has patterns for experts that are not matched
+def test_weights_that_transformers_keeps_in_32_bits_are_not_rounded(tmp_path: Path) -> None:
+    options = {
+        "n_routed_experts": 4,
+        "num_experts_per_tok": 2,
+        "n_group": 1,
+        "topk_group": 1,
+        "moe_intermediate_size": 16,
+        "q_lora_rank": 8,
+        "kv_lora_rank": 8,
+        "qk_rope_head_dim": 8,
+        "qk_nope_head_dim": 8,
+        "v_head_dim": 8,
+        "first_k_dense_replace": 1,
+        "num_key_value_heads": 4,
+        "experts_implementation": "eager",
+    }
+    source = tuned(tmp_path, Family("deepseek-3", "DeepseekV3Config", options).model(torch.float32))
+    same(loaded_logits(merged(source, tmp_path / "wide")), peft_logits(source))
+    found = load_file(merged(source, tmp_path / "out", export_task_pb2.MergedExport()) / "model.safetensors")
+    before = load_file(source.base / "model.safetensors")
+    assert found.keys() == before.keys()  # each expert is a weight of its own again
+    kept = {name for name, each in found.items() if each.dtype == torch.float32}
+    assert kept == {"model.layers.1.mlp.gate.e_score_correction_bias"}
+    assert all(torch.equal(found[name], before[name]) for name in kept)
