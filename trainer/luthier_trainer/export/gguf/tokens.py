@@ -90,8 +90,9 @@ def _texts(vocabulary: Vocabulary, tokenizer: PreTrainedTokenizerBase) -> list[s
     step = max(len(vocabulary.tokens) // _SAMPLE, 1)
     for token in range(0, len(vocabulary.tokens), step):
         text = tokenizer.decode([token])
-        if token not in added and isinstance(text, str) and text and "\ufffd" not in text:
-            texts.append(text)
+        # llama.cpp normalises no Unicode, and some tokenizers compose letters before they look at their vocabulary
+        if token not in added and isinstance(text, str) and unicodedata.is_normalized("NFC", text):
+            texts += [text] if text and "\ufffd" not in text else []
     within = [text for token, text in added.items() if token < len(vocabulary.tokens)]
     texts += within[:_ADDED]
     texts += [f"one{text}two" for text in within[:_ADDED]]
