@@ -11,12 +11,20 @@ from typing import Any
 
 import pytest
 import torch
-from fidelity.exports import F32, loaded_logits, merged, peft_logits, tuned
-from fidelity.jobs import tiny_base
+from fidelity.exports import F32, IDS, loaded_logits, merged, peft_logits, tuned
 from fidelity.tiny import llama
 from huggingface_hub import constants
 from safetensors.torch import load_file, save_file
-from transformers import AutoModelForCausalLM, AutoTokenizer, LlamaConfig, LlamaForCausalLM
+from transformers import (
+    AutoModelForCausalLM,
+    AutoTokenizer,
+    BitsAndBytesConfig,
+    GPT2Config,
+    GPT2LMHeadModel,
+    LlamaConfig,
+    LlamaForCausalLM,
+    PreTrainedModel,
+)
 
 from luthier.trainer.v1.task_pb2 import BaseModelSource, ExportWork, TrainerTask
 from luthier.v1 import export_task_pb2
@@ -257,27 +265,53 @@ def test_nf4_without_bitsandbytes_is_refused_before_anything_is_written(
 
 
 @pytest.mark.filterwarnings("ignore:Model has `tie_word_embeddings:UserWarning")  # it is untied
-def test_nf4_loads_in_transformers_and_is_near_the_merged_model(tmp_path: Path) -> None:
+@pytest.mark.parametrize("family", ["llama", "gpt2"])
+def test_nf4_is_bit_by_bit_what_transformers_makes_of_the_merged_model(family: str, tmp_path: Path) -> None:
     pytest.importorskip("bitsandbytes")
-    folder = tmp_path / "tuned"
-    folder.mkdir()
-    base = AutoModelForCausalLM.from_pretrained(tiny_base(tmp_path, tied=True, width=64))
-    source = tuned(folder, base, saved=("lm_head",))
+    base: PreTrainedModel
+    if family == "llama":
+        base = LlamaForCausalLM(
+            LlamaConfig(
+                vocab_size=97,
+                hidden_size=64,
+                intermediate_size=128,
+                num_hidden_layers=2,
+                num_attention_heads=4,
+                tie_word_embeddings=True,
+            )
+        )
+    else:
+        base = GPT2LMHeadModel(GPT2Config(vocab_size=97, n_positions=64, n_embd=64, n_layer=2, n_head=4, n_inner=128))
+    source = tuned(tmp_path, base, saved=("lm_head",))
+    wide = merged(source, tmp_path / "wide", MergedExport())
     out = tmp_path / "out"
     out.mkdir()
-    write_nf4(source, MergedExport(), out, no_progress, never)
-    config = json.loads((out / "config.json").read_text())
-    assert config["quantization_config"]["bnb_4bit_quant_type"] == "nf4"
+    write_nf4(source, MergedExport(max_shard_bytes=40_000), out, no_progress, never)
+    wanted = BitsAndBytesConfig(  # type: ignore[no-untyped-call]
+        load_in_4bit=True,
+        bnb_4bit_quant_type="nf4",
+        bnb_4bit_use_double_quant=True,
+        bnb_4bit_compute_dtype=torch.bfloat16,
+    )
+    model = AutoModelForCausalLM.from_pretrained(
+        wide, dtype=torch.bfloat16, device_map={"": "cpu"}, quantization_config=wanted
+    )
+    model.save_pretrained(tmp_path / "theirs")
+    theirs = load_file(tmp_path / "theirs" / "model.safetensors")
+    ours = {name: each for file in out.glob("*.safetensors") for name, each in load_file(file).items()}
+    assert len(list(out.glob("*.safetensors"))) > 1
+    assert ours.keys() == theirs.keys()
+    assert [name for name, each in theirs.items() if not torch.equal(ours[name], each)] == []
+    config, expected = (json.loads((folder / "config.json").read_text()) for folder in (out, tmp_path / "theirs"))
+    assert config["quantization_config"] == expected["quantization_config"]
     assert config["tie_word_embeddings"] is False
-    stored = load_file(out / "model.safetensors")
-    assert stored["model.layers.0.mlp.up_proj.weight"].dtype == torch.uint8
+    assert config["dtype"] == expected["dtype"]
     assert not [each for each in out.iterdir() if each.is_dir()]
-    assert str(tmp_path) not in (out / "config.json").read_text()
-    wide = loaded_logits(merged(source, tmp_path / "wide"))
-    model = AutoModelForCausalLM.from_pretrained(out, device_map={"": "cpu"})
+    found: Any = AutoModelForCausalLM.from_pretrained(out, device_map={"": "cpu"}, output_loading_info=True)
+    loaded, told = found
+    assert not any(told.values()), told
     with torch.no_grad():
-        near = model(input_ids=torch.arange(5, 45)[None]).logits.float()
-    assert float(torch.nn.functional.cosine_similarity(near[0], wide[0]).mean()) > 0.9
+        assert torch.equal(loaded(input_ids=IDS).logits, model(input_ids=IDS).logits)
 
 
 _MERGE = """

@@ -21,7 +21,6 @@ _DTYPES = {
     export_task_pb2.WEIGHT_TYPE_BF16: torch.bfloat16,
     export_task_pb2.WEIGHT_TYPE_F16: torch.float16,
     export_task_pb2.WEIGHT_TYPE_F32: torch.float32,
-    export_task_pb2.WEIGHT_TYPE_NF4: torch.bfloat16,  # what is quantised
 }
 
 
@@ -46,8 +45,8 @@ def write_merged(
 def _write_weights(
     weights: MergedWeights, dtype: torch.dtype, limit: int, folder: Path, progress: Progress, check: Check
 ) -> None:
-    kinds = _kinds(weights, dtype)
-    planned, group_of = _plan(weights, kinds)
+    kinds = kinds_of(weights, dtype)
+    planned, group_of = plan(weights, kinds)
     files = [in_writing_order(each) for each in shards(planned, limit)]
     total = sum(each.size_bytes for each in planned.values())
     done = 0
@@ -58,21 +57,21 @@ def _write_weights(
             for tensor, stored in file.items():
                 check()
                 if tensor not in ready:
-                    ready.update(_made(weights, group_of[tensor], kinds))
+                    ready.update(made(weights, group_of[tensor], kinds))
                 writer.write(tensor, ready.pop(tensor))
                 done += stored.size_bytes
                 progress(done, total)
     if len(files) > 1:
-        _write_index(folder, files, total)
+        write_index(folder, files)
 
 
-def _kinds(weights: MergedWeights, dtype: torch.dtype) -> dict[str, torch.dtype]:
+def kinds_of(weights: MergedWeights, dtype: torch.dtype) -> dict[str, torch.dtype]:
     """The kind that each weight is written in. Some models hold certain weights in 32 bits whatever the others are;
     transformers would widen them again, but not bring back what was rounded."""
     return {name: weights.stored(name, dtype).dtype for name in weights.names} | weights.kept_wide(dtype)
 
 
-def _plan(
+def plan(
     weights: MergedWeights, kinds: Mapping[str, torch.dtype]
 ) -> tuple[dict[str, Stored], dict[str, tuple[str, ...]]]:
     """What the files will hold, and the group of weights that each of it is made from."""
@@ -90,15 +89,16 @@ def _plan(
     return planned, group_of
 
 
-def _made(weights: MergedWeights, group: tuple[str, ...], kinds: Mapping[str, torch.dtype]) -> dict[str, torch.Tensor]:
+def made(weights: MergedWeights, group: tuple[str, ...], kinds: Mapping[str, torch.dtype]) -> dict[str, torch.Tensor]:
+    """The weights of a group as the files hold them."""
     tensors = {}
     for name in group:
         tensors[name] = weights.read(name, kinds[name])
-        _require_finite(name, tensors[name])
+        require_finite(name, tensors[name])
     return on_file(weights.model, tensors)
 
 
-def _require_finite(name: str, tensor: torch.Tensor) -> None:
+def require_finite(name: str, tensor: torch.Tensor) -> None:
     """16-bit floating point ends at 65,504, and rounding makes infinity of what lies above."""
     if not tensor.dtype.is_floating_point or not tensor.numel():
         return
@@ -113,8 +113,9 @@ def _require_finite(name: str, tensor: torch.Tensor) -> None:
     )
 
 
-def _write_index(folder: Path, files: list[dict[str, Stored]], total: int) -> None:
+def write_index(folder: Path, files: list[dict[str, Stored]]) -> None:
     """The index that tells transformers which file holds which tensor."""
+    total = sum(each.size_bytes for file in files for each in file.values())
     where = {tensor: name for name, file in zip(shard_names(len(files)), files, strict=True) for tensor in sorted(file)}
     index = {"metadata": {"total_size": total}, "weight_map": dict(sorted(where.items()))}
     (folder / "model.safetensors.index.json").write_text(json.dumps(index, indent=2) + "\n", encoding="utf-8")

@@ -54,9 +54,12 @@ def _trained_with(tuned: Tuned) -> str:
     return noted if isinstance(noted, str) else ""
 
 
-def write_config(config: PretrainedConfig, architecture: str, dtype: torch.dtype, folder: Path) -> None:
-    """config.json of a model of this class whose weights are of this kind, without a path of this machine."""
-    settings = json.loads(config.to_json_string(use_diff=True))
+def write_config(
+    config: PretrainedConfig, architecture: str, dtype: torch.dtype, folder: Path, **more: dict[str, Any]
+) -> None:
+    """config.json of a model of this class whose weights are of this kind, and what `more` sets, without a path of this
+    machine."""
+    settings = json.loads(config.to_json_string(use_diff=True)) | more
     settings["architectures"] = [architecture]
     settings["dtype"] = str(dtype).removeprefix("torch.")
     settings.pop("_name_or_path", None)

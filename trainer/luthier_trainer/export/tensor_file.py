@@ -5,10 +5,13 @@ object of `{name: {dtype, shape, data_offsets}}`, then the bytes. Files are read
 mapped file counts as memory of the process, and one of a file that was cut off ends it.
 """
 
+import contextlib
 import json
 import math
 import os
+import shutil
 import struct
+import tempfile
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
@@ -125,20 +128,9 @@ class TensorFileWriter:
     its first number is."""
 
     def __init__(self, path: Path, tensors: Mapping[str, Stored]) -> None:
-        header: dict[str, Any] = {"__metadata__": {"format": "pt"}}
-        place = 0
-        for name, each in tensors.items():
-            header[name] = {
-                "dtype": _NAMES[each.dtype],
-                "shape": list(each.shape),
-                "data_offsets": [place, place + each.size_bytes],
-            }
-            place += each.size_bytes
-        encoded = json.dumps(header, separators=(",", ":"), ensure_ascii=False).encode()
-        encoded += b" " * (-len(encoded) % 8)
         self._waiting = list(tensors.items())[::-1]
         self._file = open(path, "wb", buffering=0)  # noqa: SIM115
-        self._file.write(struct.pack("<Q", len(encoded)) + encoded)
+        self._file.write(_header(tensors))
 
     def __enter__(self) -> "TensorFileWriter":
         return self
@@ -155,12 +147,84 @@ class TensorFileWriter:
         expected, stored = self._waiting.pop()
         if name != expected or tensor.dtype != stored.dtype or tuple(tensor.shape) != stored.shape:
             raise ValueError(f"{name} of {tensor.dtype} {tuple(tensor.shape)} in place of {expected} {stored}")
-        if not stored.size_bytes:
-            return
-        source = _bytes(tensor.contiguous())
-        written = 0
-        while written < len(source):
-            written += self._file.write(source[written : written + _CHUNK])
+        _write_bytes(self._file, tensor)
+
+
+class Gathered:
+    """Tensors that are gathered on the disk for a safetensors file, because what a file will hold is known only when
+    all of them are made; a context manager, whose files have no name.
+
+    Widths of numbers are gathered apart: each tensor must lie at a multiple of its own.
+    """
+
+    def __init__(self, folder: Path) -> None:
+        self._folder = folder
+        self._stack = contextlib.ExitStack()
+        self._begin()
+
+    def __enter__(self) -> "Gathered":
+        return self
+
+    def __exit__(
+        self, kind: type[BaseException] | None, error: BaseException | None, trace: TracebackType | None
+    ) -> None:
+        self._stack.close()
+
+    @property
+    def size_bytes(self) -> int:
+        """Bytes of what is gathered."""
+        return sum(each.size_bytes for each in self._held.values())
+
+    def add(self, name: str, tensor: torch.Tensor) -> None:
+        """Gathers one more."""
+        stored = Stored(tensor.dtype, tuple(tensor.shape))
+        if stored.dtype.itemsize not in self._files:
+            file = tempfile.TemporaryFile(dir=self._folder, buffering=0)  # noqa: SIM115
+            self._files[stored.dtype.itemsize] = self._stack.enter_context(file)
+        _write_bytes(self._files[stored.dtype.itemsize], tensor)
+        self._held[name] = stored
+
+    def write(self, path: Path) -> dict[str, Stored]:
+        """Writes what is gathered into a file, and begins anew. Returns what the file holds."""
+        held = in_writing_order(self._held)
+        with open(path, "wb") as target:
+            target.write(_header(held))
+            for _, file in sorted(self._files.items(), reverse=True):
+                file.seek(0)
+                shutil.copyfileobj(file, target, _CHUNK)
+        self._stack.close()
+        self._begin()
+        return held
+
+    def _begin(self) -> None:
+        self._files: dict[int, Any] = {}
+        self._held: dict[str, Stored] = {}
+
+
+def _header(tensors: Mapping[str, Stored]) -> bytes:
+    """What a file of these tensors begins with."""
+    header: dict[str, Any] = {"__metadata__": {"format": "pt"}}
+    place = 0
+    for name, each in tensors.items():
+        header[name] = {
+            "dtype": _NAMES[each.dtype],
+            "shape": list(each.shape),
+            "data_offsets": [place, place + each.size_bytes],
+        }
+        place += each.size_bytes
+    encoded = json.dumps(header, separators=(",", ":"), ensure_ascii=False).encode()
+    encoded += b" " * (-len(encoded) % 8)
+    return struct.pack("<Q", len(encoded)) + encoded
+
+
+def _write_bytes(file: Any, tensor: torch.Tensor) -> None:
+    """Appends a tensor's numbers; an unbuffered file may take fewer than it is given."""
+    if not tensor.numel():
+        return
+    source = _bytes(tensor.contiguous())
+    written = 0
+    while written < len(source):
+        written += file.write(source[written : written + _CHUNK])
 
 
 def in_writing_order(tensors: Mapping[str, Stored]) -> dict[str, Stored]:
