@@ -100,7 +100,7 @@ def test_every_export_of_the_example_is_proven(
     assert not list((tmp_path / "cache").glob("*"))
 
 
-@pytest.mark.parametrize("export", [ADAPTER, BF16, GGUF_F16, Q4_K_M], ids=_name)
+@pytest.mark.parametrize("export", [BF16, GGUF_F16, Q4_K_M], ids=_name)
 @pytest.mark.parametrize(
     ("family", "changes", "kind"),
     [

@@ -21,6 +21,7 @@ import numpy as np
 from luthier_trainer.data.masks.template import Template
 from luthier_trainer.errors import TrainingError
 from luthier_trainer.export.proof.artefact import Artefact, Floats, Loader, NotLoaded
+from luthier_trainer.export.proof.texts import has_marks
 
 _F32, _F16 = 0, 1
 _BATCH = 128
@@ -242,6 +243,11 @@ class _Gguf:
         if count < 0:
             raise NotLoaded(f"llama.cpp does not tokenise a text of {len(raw)} bytes")
         return list(ids[:count])
+
+    def knows(self, text: str) -> bool:
+        """llama.cpp composes no letters with their marks, as some tokenizers do first, and some of its rules for
+        cutting words take no notice of marks: with no file does it cut those texts otherwise."""
+        return not has_marks(text)
 
     def template(self, like: Template) -> Template:
         """As `Artefact.template`: rendered by the training's own renderer, with the tokens that the file names."""
