@@ -143,13 +143,13 @@ _listener = _LOG(_listen)  # must outlive every call
 
 @cache
 def _library() -> ctypes.CDLL:
-    """Raises TrainingError EXPORT_UNSUPPORTED without xllamacpp, or with one whose interface is another."""
+    """Raises TrainingError PROOF_IMPOSSIBLE without xllamacpp, or with one whose interface is another."""
     found = importlib.util.find_spec("xllamacpp")
     folders = (found.submodule_search_locations if found else None) or []
     binaries = [each for folder in folders for each in sorted(Path(folder).glob("xllamacpp*.so"))]
     if not binaries:
         raise TrainingError(
-            "EXPORT_UNSUPPORTED",
+            "PROOF_IMPOSSIBLE",
             "A GGUF export is proven by llama.cpp, and xllamacpp is not installed beside the trainer.",
             "Install the trainer's extra there: pip install 'luthier-trainer[gguf]'.",
         )
@@ -170,7 +170,7 @@ def _library() -> ctypes.CDLL:
 
 def _unknown(why: str) -> TrainingError:
     return TrainingError(
-        "EXPORT_UNSUPPORTED",
+        "PROOF_IMPOSSIBLE",
         f"The llama.cpp of this xllamacpp has another interface than the one that is known: {why}.",
         "Install a version that the trainer's extra `gguf` names.",
     )
@@ -211,7 +211,7 @@ def _declare(library: ctypes.CDLL) -> None:
 
 
 def loader() -> Loader:
-    """xllamacpp's llama.cpp. Raises TrainingError EXPORT_UNSUPPORTED."""
+    """xllamacpp's llama.cpp. Raises TrainingError PROOF_IMPOSSIBLE."""
     _library()
     return Loader("llama.cpp", f"xllamacpp {importlib.metadata.version('xllamacpp')}")
 
@@ -311,7 +311,7 @@ def load(file: Path, adapter: Path | None, *, longest: int, threads: int) -> Ite
 
     It computes on the CPU, attends to keys and values in 32 bits, and does not repack the weights: what differs is what
     is in the file, and rounding of llama.cpp's own, which multiplies weights of 16 and fewer bits with activations as
-    narrow. Raises NotLoaded, and TrainingError EXPORT_UNSUPPORTED.
+    narrow. Raises NotLoaded, and TrainingError PROOF_IMPOSSIBLE.
     """
     library = _library()
     with contextlib.ExitStack() as stack:
