@@ -36,7 +36,8 @@ class Model:
 class UploadHub:
     """The hub. token: what callers need; owners: who may be written to; objects: large files by SHA-256; part_bytes:
     how large the parts of a large file are, 0 for one PUT; sent: bytes that were sent to the store; breaks: so many
-    PUTs to the store are cut in the middle; busy: the answer to commits, when it is no commit; requests: `METHOD PATH`
+    PUTs to the store are cut in the middle; busy: the answer to commits, when it is no commit;
+    damage: small files are kept with another byte; card_problem: why no card is taken; requests: `METHOD PATH`
     and the headers of each request."""
 
     token: str
@@ -50,6 +51,7 @@ class UploadHub:
     breaks: int = 0
     busy: int = 0
     damage: bool = False
+    card_problem: str = ""
     requests: list[tuple[str, Mapping[str, str]]] = field(default_factory=list)
 
 
@@ -103,7 +105,8 @@ class _Handler(BaseHTTPRequestHandler):
         elif path == "/api/repos/create":
             self._create(json.loads(body))
         elif path == "/api/validate-yaml":
-            self._json({"errors": [], "warnings": []})
+            problems = [{"message": self.hub.card_problem}] if self.hub.card_problem else []
+            self._json({"errors": problems, "warnings": []}, 400 if problems else 200)
         elif path.endswith(".git/info/lfs/objects/batch"):
             self._batch(json.loads(body))
         elif path.startswith("/lfs/verify/"):

@@ -152,6 +152,11 @@ def _hub_base(subject: Subject) -> str:
     return subject.base if is_hub_id(subject.base) and not is_elsewhere else ""
 
 
+def _shown(base: str) -> str:
+    """A base as others may see it: of a directory on the server its last name alone, for cards are published."""
+    return (base.rstrip("/").rpartition("/")[2] or "/") if base.startswith("/") else base
+
+
 def _made(subject: Subject, *keys: str) -> object:
     """What `luthier.json` says below these keys; None for nothing."""
     found: object = subject.made
@@ -163,7 +168,7 @@ def _made(subject: Subject, *keys: str) -> object:
 def _introduction(subject: Subject, form: Form) -> Iterator[str]:
     model = subject.model
     base = _hub_base(subject)
-    named = f"[{text(base)}](https://huggingface.co/{base})" if base else code(subject.base)
+    named = f"[{text(base)}](https://huggingface.co/{base})" if base else code(_shown(subject.base))
     task = model.resolved_spec.fine_tune if model.resolved_spec is not None else None
     if _is_full(subject):
         what = f"All weights of {named}"
@@ -193,7 +198,8 @@ def _use(subject: Subject, form: Form) -> Iterator[str]:
         yield "from peft import PeftModel"
         yield "from transformers import AutoModelForCausalLM, AutoTokenizer"
         yield ""
-        yield f"base = AutoModelForCausalLM.from_pretrained({literal(_hub_base(subject) or subject.base)}{pinned})"
+        base = literal(_hub_base(subject) or _shown(subject.base))
+        yield f"base = AutoModelForCausalLM.from_pretrained({base}{pinned})"
         yield 'model = PeftModel.from_pretrained(base, "DIRECTORY")'
     else:
         yield "from transformers import AutoModelForCausalLM, AutoTokenizer"
@@ -283,7 +289,7 @@ def _origins(subject: Subject) -> Iterator[str]:
         ["checkpoint", code(model.checkpoint)],
         ["job", code(model.job_id)],
         *(["goes on from", code(each)] for each in subject.parents),
-        ["base model", code(subject.base)],
+        ["base model", code(_shown(subject.base))],
         ["its revision", code(model.base_model_revision)],
         ["its licence", code(model.base_licence)],
         *(["version", code(f"{each.name}@{each.version}")] for each in model.versions),

@@ -26,7 +26,7 @@ class Files:
     """Lists directories."""
 
     def __init__(self) -> None:
-        self._known: dict[tuple[str, int, int, int], str] = {}
+        self._known: dict[tuple[str, int, int, int, int], str] = {}
 
     async def below(self, directory: Path, kind: str = "model") -> list[File]:
         """Every file below a directory, in a stable order. Raises NotFound."""
@@ -44,9 +44,10 @@ class Files:
         return found
 
     def _sha256(self, path: Path) -> str:
-        """By what changes when the file does: also one that is replaced has another inode."""
+        """By what changes when the file does: one that is replaced has another inode, one that is written to and dated
+        back another change time."""
         status = path.stat()
-        key = (str(path), status.st_ino, status.st_size, status.st_mtime_ns)
+        key = (str(path), status.st_ino, status.st_size, status.st_mtime_ns, status.st_ctime_ns)
         if key not in self._known:
             with open(path, "rb") as file:
                 sha256 = hashlib.file_digest(file, "sha256").hexdigest()

@@ -72,8 +72,10 @@ class References:
         """The model; a checkpoint is none. Raises NotFound, which says what there is."""
         model = await self._models.get(tenant, await self._model_id(tenant, reference))
         if model is None:
-            newest = (await self._models.newest_ids(tenant, "model_"))[:3]
-            raise NotFound("model", reference, f"the newest are {', '.join(newest)}" if newest else "there is none yet")
+            newest = await self._models.newest_ids(tenant, 3)
+            there = f"the newest are {', '.join(newest)}" if newest else "there is none"
+            deleted = "it was deleted; " if await self._jobs.made(tenant, reference) else ""
+            raise NotFound("model", reference, deleted + there)
         return model
 
     async def base(self, tenant: str, base_model: str) -> str:

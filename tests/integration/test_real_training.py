@@ -3,6 +3,7 @@
 import hashlib
 import json
 import os
+import re
 import shutil
 import signal
 import time
@@ -119,9 +120,6 @@ def test_training_goes_on_from_a_model_of_luthiers_from_a_directory_and_from_a_f
 def test_a_named_model_and_its_registered_checkpoint_are_whole_and_can_be_gone_on_from(
     daemon: Daemon, tmp_path: Path
 ) -> None:
-    from peft import PeftModel
-    from transformers import AutoModelForCausalLM
-
     job = succeeded(
         daemon, daemon.create(spec(4, model_name="counter", checkpoints=Checkpoints(every_steps=2, keep=5)))
     )
@@ -144,7 +142,6 @@ def test_a_named_model_and_its_registered_checkpoint_are_whole_and_can_be_gone_o
     directory = download(daemon, "counter", tmp_path / "model")
     assert sum(each.stat().st_size for each in directory.iterdir()) == registered.size_bytes
     tiny = Path(__file__).parents[2] / "trainer" / "luthier_trainer" / "builtin" / "tiny"
-    PeftModel.from_pretrained(AutoModelForCausalLM.from_pretrained(tiny), directory)
     onward = ft.CreateJobRequest(spec=spec(2, base_model="counter@2"), validate_only=True)
     assert daemon.fine_tuning.CreateJob(onward).job.resolved_spec.fine_tune.base_model == registered.id
     card = daemon.models.GetModelCard(md.GetModelCardRequest(model_id="counter@1")).markdown
@@ -157,6 +154,11 @@ def test_a_named_model_and_its_registered_checkpoint_are_whole_and_can_be_gone_o
         "transformers",
     ):
         assert fact in card, fact
+    (program,) = re.findall(r"^```python\n(.*?)^```$", card, re.MULTILINE | re.DOTALL)
+    for said, meant in (('"DIRECTORY"', repr(str(directory))), ("'builtin/tiny'", repr(str(tiny))), ("=128", "=4")):
+        assert said in program
+        program = program.replace(said, meant)
+    exec(program, {})
 
 
 def test_a_cancelled_training_leaves_a_checkpoint_that_peft_loads(daemon: Daemon, tmp_path: Path) -> None:

@@ -315,6 +315,7 @@ def test_a_model_is_not_deleted_while_anything_depends_on_it_and_each_thing_is_n
     delete(daemon, child.model_id)
     delete(daemon, parent)
     assert reason(refusal(lambda: delete(daemon, parent))) == "MODEL_NOT_FOUND"
+    assert "it was deleted; there is none" in said(refusal(lambda: model(daemon, parent)))
     assert not list((daemon.data_dir / "models").iterdir())
     assert reason(refusal(lambda: daemon.create(small(base_model=parent)))) == "MODEL_NOT_FOUND"
 

@@ -10,6 +10,7 @@ from luthier.v1.export_proof_pb2 import ExportProof
 from luthier.v1.export_task_pb2 import ExportTask
 from luthier.v1.model_pb2 import ModelFile
 from luthier.v1.models_pb2 import DownloadManifest
+from luthier_server.lanes import Lane
 from luthier_server.store.database import Database, Row, Transaction
 
 _SUMMARY = "id, tenant, model_id, job_id, task, proof, size_bytes, destination_uri, create_time"
@@ -85,10 +86,8 @@ class Exports:
         return {row["id"] for row in rows}
 
     async def ended_jobs(self) -> list[str]:
-        """The export jobs that have ended."""
-        rows = await self._database.read(
-            "SELECT id FROM jobs WHERE lane = 'cpu' AND end_time > 0 AND resolved_spec LIKE '%\"export\"%'"
-        )
+        """The jobs of the exports' lane that have ended."""
+        rows = await self._database.read("SELECT id FROM jobs WHERE lane = ? AND end_time > 0", (Lane.CPU,))
         return [row["id"] for row in rows]
 
 

@@ -10,7 +10,7 @@ from google.protobuf.message import DecodeError
 from luthier.v1.event_pb2 import DatasetsChecked, JobEvent
 from luthier.v1.job_pb2 import JobError, JobSpec, JobState, Progress
 from luthier_server.errors import StoreCorrupt
-from luthier_server.job import AT_REST, PAUSED, PAUSING, PREPARING, QUEUED, RUNNING, VALIDATING, Job
+from luthier_server.job import PAUSED, PAUSING, PREPARING, QUEUED, RUNNING, TERMINAL, VALIDATING, Job
 from luthier_server.lanes import Lane
 from luthier_server.store.database import Database, Row, Transaction
 
@@ -197,6 +197,11 @@ class Jobs:
         rows = await self._database.read("SELECT * FROM attempts WHERE job_id = ? AND number = ?", (job_id, number))
         return _attempt(rows[0])
 
+    async def made(self, tenant: str, model_id: str) -> bool:
+        """Whether a job made this model, also when that was deleted since."""
+        sql = "SELECT 1 FROM jobs WHERE tenant = ? AND model_id = ? LIMIT 1"
+        return bool(await self._database.read(sql, (tenant, model_id)))
+
     async def checkpoints(self, tenant: str, job_id: str) -> list[Checkpoint]:
         """Checkpoints, newest first: by attempt, then by step."""
         rows = await self._database.read(
@@ -315,13 +320,13 @@ async def insert_checkpoints(transaction: Transaction, tenant: str, checkpoints:
 
 
 async def exporting_checkpoints(transaction: Transaction, tenant: str, job_id: str) -> list[str]:
-    """The jobs, not at rest, that export a checkpoint of a job; at most 10."""
-    at_rest = tuple(AT_REST)
+    """The jobs that export a checkpoint of a job and have not ended, also paused ones; at most 10."""
+    ended = tuple(TERMINAL)
     rows = await transaction.fetch(
         "SELECT id FROM jobs WHERE tenant = ? AND lane = ?"
-        f" AND state NOT IN ({', '.join('?' * len(at_rest))})"
+        f" AND state NOT IN ({', '.join('?' * len(ended))})"
         " AND json_extract(resolved_spec, '$.export.model') LIKE ? LIMIT 10",
-        (tenant, Lane.CPU, *at_rest, f"{job_id}:%"),
+        (tenant, Lane.CPU, *ended, f"{job_id}:%"),
     )
     return [row["id"] for row in rows]
 

@@ -54,7 +54,6 @@ _APART = {"tags", "versions", "aliases"}
 _SPECS = ("spec", "resolved_spec")
 _WHOLE = [each.name for each in dataclasses.fields(Model) if each.name not in _APART]
 _BRIEF = [name for name in _WHOLE if name not in _SPECS]
-_MOST_NEAR = 1000
 _OF_CHECKPOINT = "SELECT id FROM models WHERE tenant = ? AND checkpoint = ?"
 
 
@@ -115,11 +114,10 @@ class Models:
         )
         return [_model(row) for row in rows]
 
-    async def newest_ids(self, tenant: str, prefix: str) -> list[str]:
-        """Ids that start with this, newest first; at most 1000."""
+    async def newest_ids(self, tenant: str, limit: int) -> list[str]:
+        """The newest ids, newest first."""
         rows = await self._database.read(
-            "SELECT id FROM models WHERE tenant = ? AND id >= ? AND id < ? ORDER BY id DESC LIMIT ?",
-            (tenant, prefix, prefix + "\U0010ffff", _MOST_NEAR),
+            "SELECT id FROM models WHERE tenant = ? ORDER BY id DESC LIMIT ?", (tenant, limit)
         )
         return [row["id"] for row in rows]
 

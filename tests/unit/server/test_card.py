@@ -141,6 +141,14 @@ def test_a_base_that_is_not_on_the_hub_is_not_linked_and_an_unknown_licence_is_n
     assert "license" not in metadata(card(a_subject(a_model(base_licence="")), Form.ADAPTER))
 
 
+def test_a_card_does_not_tell_where_the_server_keeps_its_models() -> None:
+    made: dict[str, Any] = {"base_model": {"hub_id": "", "name": "/srv/secret/my-model"}}
+    model = a_model(base_model="/srv/secret/my-model")
+    markdown = card(a_subject(model, base="/srv/secret/my-model/", made=made), Form.ADAPTER)
+    assert "my-model" in markdown
+    assert "secret" not in markdown
+
+
 @pytest.mark.parametrize("form", list(Form))
 def test_hostile_words_stay_words_wherever_they_stand(form: Form) -> None:
     spec = JobSpec()

@@ -68,3 +68,18 @@ def test_the_built_in_model_tells_its_licence_and_a_hub_that_gives_nothing_tells
     assert base_licence(BaseModelSource(location=str(BUILTIN / "tiny")), "") == "apache-2.0"
     monkeypatch.setattr("huggingface_hub.constants.HF_HUB_OFFLINE", True)
     assert base_licence(BaseModelSource(location="nobody/has-this", is_hub=True), "") == ""
+
+
+def test_the_card_of_a_base_from_the_hub_is_that_of_the_commit_that_was_loaded(
+    monkeypatch: pytest.MonkeyPatch, tmp_path: Path
+) -> None:
+    monkeypatch.setattr("huggingface_hub.constants.HF_HUB_OFFLINE", True)
+    monkeypatch.setattr("huggingface_hub.constants.HF_HUB_CACHE", str(tmp_path))
+    repository = tmp_path / "models--owner--base"
+    for commit, licence in (("a" * 40, "mit"), ("b" * 40, "gemma")):
+        (repository / "snapshots" / commit).mkdir(parents=True)
+        (repository / "snapshots" / commit / "README.md").write_text(f"---\nlicense: {licence}\n---\n")
+    (repository / "refs").mkdir()
+    (repository / "refs" / "main").write_text("b" * 40)
+    source = BaseModelSource(location="owner/base", is_hub=True)
+    assert (base_licence(source, "a" * 40), base_licence(source, "")) == ("mit", "gemma")

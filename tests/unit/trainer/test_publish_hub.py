@@ -131,6 +131,10 @@ def test_what_the_hub_refuses_is_told_apart(tmp_path: Path, hub: UploadHub, monk
         error = Attempt(copied, TOKEN).refused("hf://someone/bot")
         assert f"HTTP {status}" in error.message and error.retryable == retryable
     hub.busy = 0
+    hub.card_problem = '"license" must be one of [apache-2.0, mit]'
+    error = Attempt(copied, TOKEN).refused("hf://someone/bot")
+    assert '"license" must be one of' in error.message and not error.retryable
+    hub.card_problem = ""
     hub.damage = True
     error = Attempt(copied, TOKEN).refused("hf://someone/bot")
     assert "is not what was sent" in error.message and error.retryable

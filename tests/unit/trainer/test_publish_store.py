@@ -12,7 +12,8 @@ import pytest
 from unit.trainer.fetches import Answer, send, web
 from unit.trainer.publishing import KEY, PART, S3, SECRET, Attempt, breaking, export, killed_on_the_way, s3_server
 
-from luthier_trainer.export.publish import store
+from luthier_trainer.errors import TrainingError
+from luthier_trainer.export.publish import credentials, store
 from luthier_trainer.stop import StopRequested
 
 SMALL_PARTS = f"from luthier_trainer.export.publish import store; store.PART_BYTES = {PART}"
@@ -180,7 +181,8 @@ def test_credentials_of_the_environment_are_never_used(tmp_path: Path, s3: S3, m
     monkeypatch.setenv("AWS_ACCESS_KEY_ID", "operators")
     monkeypatch.setenv("AWS_SESSION_TOKEN", "operators-session")
     with web() as site:
-        site.default = send(b"<Error><Code>AccessDenied</Code></Error>", 403)
+        said = f"<Error><Code>InvalidAccessKeyId</Code><AWSAccessKeyId>{KEY}</AWSAccessKeyId></Error>"
+        site.default = send(said.encode(), 403)  # as S3 does: the key is repeated
         monkeypatch.setenv("AWS_ENDPOINT_URL", site.url)
         secret = json.dumps({"AWS_ACCESS_KEY_ID": KEY, "AWS_SECRET_ACCESS_KEY": SECRET})
         error = Attempt(copied, secret).refused("s3://models/a")
@@ -204,6 +206,14 @@ def test_credentials_of_the_environment_are_never_used(tmp_path: Path, s3: S3, m
 def test_a_secret_that_holds_no_credentials_is_named_and_not_repeated(secret: str, said: str, tmp_path: Path) -> None:
     error = Attempt(export(tmp_path / "export", weights=10), secret).refused("s3://models/a")
     assert error.reason == "DESTINATION_FAILED" and said in error.message
+
+
+def test_a_service_accounts_own_key_is_a_secret_for_google_alone() -> None:
+    key = json.dumps({"type": "service_account", "private_key": SECRET, "client_email": "us@project"})
+    assert credentials.variables("gs", key, "store") == {"GOOGLE_SERVICE_ACCOUNT_KEY": key}
+    with pytest.raises(TrainingError) as error:
+        credentials.variables("s3", key, "store")
+    assert SECRET not in str(error.value)
 
 
 def test_what_is_wrong_is_told_apart_and_no_log_holds_the_secret(

@@ -162,6 +162,12 @@ def _failed(error: Exception, place: Repository, secret_name: str) -> TrainingEr
     """What an error of the library means."""
     from huggingface_hub import errors
 
+    if isinstance(error, ValueError) and str(error).startswith("Invalid metadata in README.md"):
+        said = " ".join(str(error).partition("\n")[2].split())[:300]
+        message = f"The hub does not take the model's card: {said or 'its metadata is not valid'}."
+        return TrainingError(
+            "DESTINATION_FAILED", message, "Look at the card (luthier model card), and at its licence."
+        )
     response = next((each.response for each in _causes(error) if isinstance(each, errors.HfHubHTTPError)), None)
     if response is not None:
         status = response.status_code

@@ -30,8 +30,8 @@ if TYPE_CHECKING:
     from luthier_trainer.data.fetching.objects import Store
 
 CLAIM = ".luthier-publishing.json"
-PART_BYTES = 16 << 20
-PARTS_IN_FLIGHT = 3
+PART_BYTES = 8 << 20
+PARTS_IN_FLIGHT = 4
 _MOST_PARTS = 9_000  # S3 takes 10,000
 _MD5 = re.compile(r'"?([0-9a-f]{32}(?:-[0-9]+)?)"?', re.ASCII)
 
