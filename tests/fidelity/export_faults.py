@@ -75,7 +75,7 @@ def head_dropped(folder: Path) -> None:
     def tie(config: dict[str, Any]) -> None:
         config["tie_word_embeddings"] = True
 
-    edit_weights(folder, lambda weights: weights.pop("lm_head.weight"))  # type: ignore[arg-type,return-value]
+    edit_weights(folder, lambda weights: weights.pop("lm_head.weight"))  # type: ignore[arg-type]
     edit_json(folder / "config.json", tie)
 
 

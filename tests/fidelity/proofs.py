@@ -22,13 +22,17 @@ from luthier_trainer.stop import never
 ADDED = "<|tool|>"
 
 
-def random_base(folder: Path, family: str = "llama", *, added: bool = False, **changes: Any) -> Path:
+def random_base(
+    folder: Path, family: str = "llama", *, added: bool = False, chats: bool = True, **changes: Any
+) -> Path:
     """A random model of a family with the tokenizer and template of `builtin/tiny`; `added`: with a token more, in a
-    vocabulary that was made longer for it and a little more."""
+    vocabulary that was made longer for it and a little more; without `chats` it knows no end of a turn."""
     folder.mkdir(parents=True)
     tokenizer = AutoTokenizer.from_pretrained(inspect.BUILTIN / "tiny")
     if added:
         tokenizer.add_special_tokens({"additional_special_tokens": ["<|im_start|>", ADDED]})
+    if not chats:
+        tokenizer.eos_token = "<|endoftext|>"
     tokenizer.save_pretrained(folder)
     known = next(each for each in FAMILIES if each.name == family)
     sizes = {"vocab_size": 4104 if added else 4096, "bos_token_id": None, "max_position_embeddings": 256}

@@ -100,7 +100,7 @@ def test_every_export_of_the_example_is_proven(
     assert not list((tmp_path / "cache").glob("*"))
 
 
-@pytest.mark.parametrize("export", [ADAPTER, BF16, GGUF_F16, Q4_K_M], ids=_name)
+@pytest.mark.parametrize("export", [BF16, GGUF_F16, Q4_K_M], ids=_name)
 @pytest.mark.parametrize(
     ("family", "changes", "kind"),
     [
@@ -117,6 +117,15 @@ def test_random_models_of_the_families_are_proven(
     base = random_base(tmp_path / "base", family, **changes)
     model = adapted(base, tmp_path / "model", AutoModelForCausalLM.from_pretrained(base), **kind)
     assert failed(proof_of(model, export_to(tmp_path / "out", model, export), export, rows(tmp_path))) == {}
+
+
+@pytest.mark.parametrize("export", [ADAPTER, BF16, GGUF_F16], ids=_name)
+def test_a_base_that_knew_no_end_of_a_turn_stops_at_it_once_tuned(tmp_path: Path, export: ExportTask) -> None:
+    base = random_base(tmp_path / "base", chats=False)
+    model = adapted(base, tmp_path / "model", AutoModelForCausalLM.from_pretrained(base))
+    proof = proof_of(model, export_to(tmp_path / "out", model, export), export, rows(tmp_path))
+    assert failed(proof) == {}
+    assert {each.name: each.message for each in proof.checks}["STOP_TOKENS"] == "it stops at <|im_end|>"
 
 
 @pytest.mark.parametrize(

@@ -121,6 +121,18 @@ def test_an_adapter_that_llama_cpp_would_load_in_part_is_refused(
     assert refused.value.reason == "EXPORT_UNSUPPORTED"
 
 
+def test_a_bases_name_brings_no_instructions_into_a_modelfile(tmp_path: Path) -> None:
+    base = saved(random_model("llama"), tmp_path / "base")
+    peft = get_peft_model(random_model("llama"), LoraConfig(target_modules=["q_proj"]))
+    peft.save_pretrained(str(tmp_path / "adapter"))
+    tuned = Tuned(base.directory, base.directory, tmp_path / "adapter", "model_2", "x\nFROM elsewhere")
+
+    written(tuned, tmp_path / "export", adapter_only=True)
+
+    lines = (tmp_path / "export" / "Modelfile").read_text().splitlines()
+    assert [each for each in lines if each.startswith("FROM")] == ["FROM ./base.gguf"]
+
+
 def test_the_file_names_its_base_and_what_made_it(tmp_path: Path) -> None:
     file = written(saved(random_model("llama"), tmp_path / "model"), tmp_path / "export")
     fields = {name: field.contents() for name, field in GGUFReader(file).fields.items()}

@@ -1,5 +1,6 @@
 """GGUF vocabularies: llama.cpp makes the tokens of the tokenizer that the model was trained with, or is refused."""
 
+import json
 from collections.abc import Callable
 from pathlib import Path
 
@@ -53,6 +54,12 @@ def test_pieces_are_made_in_the_same_order_and_with_the_same_spaces(prefix: bool
     assert (found.model, found.add_bos, found.add_eos, found.add_space_prefix) == ("llama", True, False, prefix)
     assert found.special["bos"] == 1
     assert found.types[-2:] == (3, 4)  # control, and one that texts may have
+
+
+def test_an_entry_that_the_tokenizer_itself_never_makes_is_not_held_against_llama_cpp() -> None:
+    parsed = json.loads(byte_level("qwen2", 400).backend_tokenizer.to_str())
+    parsed["model"]["vocab"]["ï¥¾"] = 400  # U+F97E, which the normalizer composes to U+91CF
+    assert _proven(fast(Tokenizer.from_str(json.dumps(parsed)), eos_token="<|end|>")).pre == "qwen2"
 
 
 def test_rows_without_a_token_and_tokens_without_a_row_do_no_harm() -> None:

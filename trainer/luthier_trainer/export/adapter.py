@@ -3,10 +3,12 @@
 import shutil
 from pathlib import Path
 
+from transformers import AutoConfig
+
 from luthier_trainer import durable
 from luthier_trainer.export.source import ADAPTER_CONFIG, ADAPTER_WEIGHTS, Tuned, read_json
 from luthier_trainer.export.stored import Progress, unsupported
-from luthier_trainer.export.surroundings import write_tokenizer
+from luthier_trainer.export.surroundings import write_generation_config, write_tokenizer
 from luthier_trainer.export.tensor_file import TensorFile
 from luthier_trainer.stop import Check
 
@@ -30,4 +32,7 @@ def write_adapter(tuned: Tuned, folder: Path, progress: Progress, check: Check) 
     config["inference_mode"] = True
     durable.write_json(folder / ADAPTER_CONFIG, config)
     write_tokenizer(tuned, folder)
+    # PEFT's `generate` stops where the base's settings say, and a base that was no chat model knows no end of a turn.
+    base = AutoConfig.from_pretrained(tuned.base, trust_remote_code=False, local_files_only=True)
+    write_generation_config(tuned, base, folder)
     progress(size, size)

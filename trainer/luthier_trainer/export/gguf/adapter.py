@@ -103,7 +103,7 @@ def write_adapter(
                 output.write(bytes(-output.tell() % writer.data_alignment))
     tokenizer = load_tokenizer(tuned)
     ends = tokenizer.convert_ids_to_tokens(end_tokens(tuned, config))
-    base = tuned.base_name or "the base model"
+    base = " ".join(tuned.base_name.split()) or "the base model"  # one line: what follows are instructions
     write_modelfile(
         folder,
         f"# Put a GGUF of {base} here, one that was made of the weights that the adapter was trained on.\n"

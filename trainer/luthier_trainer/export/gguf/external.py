@@ -84,7 +84,8 @@ def convert(
         command = [sys.executable, str(llama_cpp / SCRIPT), str(merged), "--outfile", str(path), "--outtype", kind]
         status = _run(command, Path(temporary), log, check, seconds)
         if status != 0 or not path.is_file():
-            tail = log.read_text(encoding="utf-8", errors="replace")[-_TAIL:].replace(temporary, "").strip()
+            said = log.read_text(encoding="utf-8", errors="replace")[-_TAIL:].strip()
+            tail = said.replace(temporary, "").replace(f"{llama_cpp}/", "")
             raise TrainingError(
                 "EXPORT_UNSUPPORTED",
                 f"llama.cpp's converter {_ended(status)}. Its last words: {tail or 'none'}",

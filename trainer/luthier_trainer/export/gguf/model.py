@@ -132,6 +132,6 @@ def _fallback_notes(asked: GgufType.ValueType, mix: types.Mix) -> list[str]:
     used = sorted({mix.types[name].name for name in mix.fallbacks})
     return [
         f"The rows of {len(mix.fallbacks)} tensors ({', '.join(kinds)}) cannot be cut into the blocks of "
-        f"{GgufType.Name(asked).removeprefix('GGUF_TYPE_')}: they are held as {', '.join(used)}, as llama.cpp does, "
+        f"{GgufType.Name(asked).removeprefix('GGUF_TYPE_')}: they are held as {', '.join(used)}, "
         "and the file is larger."
     ]

@@ -16,7 +16,7 @@ from gguf import GGMLQuantizationType, GGUFWriter
 from transformers import PreTrainedTokenizerBase
 
 from luthier_trainer.export.gguf import library
-from luthier_trainer.export.gguf.vocabulary import Vocabulary, definition, unsupported
+from luthier_trainer.export.gguf.vocabulary import Vocabulary, unsupported
 from luthier_trainer.stop import Check
 
 _RULES = {
@@ -55,7 +55,7 @@ def proven(vocabulary: Vocabulary, tokenizer: PreTrainedTokenizerBase, check: Ch
     texts = _texts(vocabulary, tokenizer)
     wanted = [list(tokenizer(text)["input_ids"]) for text in texts]
     nearest: tuple[int, str] | None = None
-    for candidate in _candidates(vocabulary, json.dumps(definition(tokenizer), ensure_ascii=False)):
+    for candidate in _candidates(vocabulary):
         check()
         found = _tokenized(candidate, texts)
         if isinstance(found, str):
@@ -70,11 +70,11 @@ def proven(vocabulary: Vocabulary, tokenizer: PreTrainedTokenizerBase, check: Ch
     raise unsupported(f"one whose words llama.cpp cuts otherwise: {nearest[1] if nearest else 'no rule is known'}")
 
 
-def _candidates(vocabulary: Vocabulary, defined: str) -> Sequence[Vocabulary]:
+def _candidates(vocabulary: Vocabulary) -> Sequence[Vocabulary]:
     if vocabulary.model == "llama":
         return [vocabulary.spaced(True), vocabulary.spaced(False)]
     signs = {rule: json.dumps(sign)[1:-1] if "\\" in sign else sign for rule, sign in _RULES.items()}
-    likely = sorted(_RULES, key=lambda rule: not (signs[rule] and signs[rule] in defined))
+    likely = sorted(_RULES, key=lambda rule: not (signs[rule] and signs[rule] in vocabulary.cutter))
     return [vocabulary.cut_by(rule) for rule in likely]
 
 
@@ -86,12 +86,13 @@ def _texts(vocabulary: Vocabulary, tokenizer: PreTrainedTokenizerBase) -> list[s
     """Hard texts; those tokens of the vocabulary that are whole characters, some of them; added tokens, alone and
     between words."""
     texts = list(HARD_TEXTS)
-    added = {int(each["id"]): str(each["content"]) for each in definition(tokenizer)["added_tokens"]}
+    added = {token: text for text, token in sorted(tokenizer.get_added_vocab().items(), key=lambda item: item[1])}
     step = max(len(vocabulary.tokens) // _SAMPLE, 1)
     for token in range(0, len(vocabulary.tokens), step):
         text = tokenizer.decode([token])
-        if token not in added and isinstance(text, str) and text and "\ufffd" not in text:
-            texts.append(text)
+        # llama.cpp normalises no Unicode, and some tokenizers compose letters before they look at their vocabulary
+        if token not in added and isinstance(text, str) and unicodedata.is_normalized("NFC", text):
+            texts += [text] if text and "\ufffd" not in text else []
     within = [text for token, text in added.items() if token < len(vocabulary.tokens)]
     texts += within[:_ADDED]
     texts += [f"one{text}two" for text in within[:_ADDED]]

@@ -20,7 +20,7 @@ class Vocabulary:
     words before BPE. tokens, types: one of each row of the embedding. scores: of SentencePiece, which piece is made
     first. add_bos, add_eos: whether each text begins or ends so. add_space_prefix: whether a space is put before texts.
     special: token ids by llama.cpp's name. template: the chat template, empty for none.
-    notes: what a user should know."""
+    cutter: how the tokenizer's own definition cuts texts into words. notes: what a user should know."""
 
     model: str
     pre: str
@@ -33,6 +33,7 @@ class Vocabulary:
     add_space_prefix: bool | None = None
     special: Mapping[str, int] = field(default_factory=dict)
     template: str = ""
+    cutter: str = ""
     notes: tuple[str, ...] = ()
 
     def add_to(self, writer: GGUFWriter) -> None:
@@ -91,6 +92,8 @@ def read(tokenizer: PreTrainedTokenizerBase, rows: int, special: Mapping[str, in
     named = {int(token): text for text, token in model["vocab"].items()}
     added = {int(each["id"]): each for each in parsed["added_tokens"]}
     tokens, types = _tokens(named, added, rows, model.get("unk_token") if pieces else None, set(special.values()))
+    if len(set(tokens)) < len(tokens):  # llama.cpp ends the process over two tokens of one name
+        raise unsupported("one in which two tokens are written alike")
     add_bos, add_eos, special = _ends(tokenizer, special)
     return Vocabulary(
         model="llama" if pieces else "gpt2",
@@ -103,6 +106,7 @@ def read(tokenizer: PreTrainedTokenizerBase, rows: int, special: Mapping[str, in
         scores=_scores(tokens, types, merges) if pieces else (),
         special={name: token for name, token in special.items() if token < rows},
         template=template,
+        cutter=json.dumps(parsed.get("pre_tokenizer"), ensure_ascii=False),
     )
 
 

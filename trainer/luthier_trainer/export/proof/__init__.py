@@ -49,8 +49,8 @@ def prove(
     each check that did not the first difference. Leaves nothing in `cache`.
 
     Reports PhaseProgressed, PHASE_PROVING, by rows: each counts for the tuned model and for the export. Raises
-    TrainingError: EXPORT_NOT_EQUAL when the export cannot be loaded, PROOF_IMPOSSIBLE without rows to compare,
-    EXPORT_UNSUPPORTED without what loads it, and as the trainer's own loading; StopRequested by `check`.
+    TrainingError: EXPORT_NOT_EQUAL when the export cannot be loaded, PROOF_IMPOSSIBLE without rows to compare or
+    without a llama.cpp that is known, and as the trainer's own loading; StopRequested by `check`.
     """
     count = export.proof_rows if export.HasField("proof_rows") else ROWS
     thresholds = thresholds_of(export)

@@ -30,6 +30,10 @@ class Artefact(Computes, Protocol):
     def tokenise(self, text: str, *, special: bool) -> list[int]:
         """The text's tokens; with `special` also those that the tokenizer adds by itself."""
 
+    def knows(self, text: str) -> bool:
+        """Whether its tokens can be asked to be the same. What no export of this form could hold is judged in rows, but
+        not in texts that were made to be hard."""
+
     def template(self, like: Template) -> Template:
         """The chat template in the export's files, to be rendered as `like` is. Raises TrainingError as
         `template_of`."""

@@ -88,6 +88,10 @@ class TorchArtefact(Computing):
         """As `Artefact.tokenise`."""
         return self._words.tokenise(text, special=special)
 
+    def knows(self, text: str) -> bool:
+        """Every text: the tokenizer is the same program."""
+        return True
+
     def template(self, like: Template) -> Template:
         """As `Artefact.template`."""
         return self._words.template(like)

@@ -21,6 +21,7 @@ import numpy as np
 from luthier_trainer.data.masks.template import Template
 from luthier_trainer.errors import TrainingError
 from luthier_trainer.export.proof.artefact import Artefact, Floats, Loader, NotLoaded
+from luthier_trainer.export.proof.texts import has_marks
 
 _F32, _F16 = 0, 1
 _BATCH = 128
@@ -142,13 +143,13 @@ _listener = _LOG(_listen)  # must outlive every call
 
 @cache
 def _library() -> ctypes.CDLL:
-    """Raises TrainingError EXPORT_UNSUPPORTED without xllamacpp, or with one whose interface is another."""
+    """Raises TrainingError PROOF_IMPOSSIBLE without xllamacpp, or with one whose interface is another."""
     found = importlib.util.find_spec("xllamacpp")
     folders = (found.submodule_search_locations if found else None) or []
     binaries = [each for folder in folders for each in sorted(Path(folder).glob("xllamacpp*.so"))]
     if not binaries:
         raise TrainingError(
-            "EXPORT_UNSUPPORTED",
+            "PROOF_IMPOSSIBLE",
             "A GGUF export is proven by llama.cpp, and xllamacpp is not installed beside the trainer.",
             "Install the trainer's extra there: pip install 'luthier-trainer[gguf]'.",
         )
@@ -169,7 +170,7 @@ def _library() -> ctypes.CDLL:
 
 def _unknown(why: str) -> TrainingError:
     return TrainingError(
-        "EXPORT_UNSUPPORTED",
+        "PROOF_IMPOSSIBLE",
         f"The llama.cpp of this xllamacpp has another interface than the one that is known: {why}.",
         "Install a version that the trainer's extra `gguf` names.",
     )
@@ -210,7 +211,7 @@ def _declare(library: ctypes.CDLL) -> None:
 
 
 def loader() -> Loader:
-    """xllamacpp's llama.cpp. Raises TrainingError EXPORT_UNSUPPORTED."""
+    """xllamacpp's llama.cpp. Raises TrainingError PROOF_IMPOSSIBLE."""
     _library()
     return Loader("llama.cpp", f"xllamacpp {importlib.metadata.version('xllamacpp')}")
 
@@ -242,6 +243,11 @@ class _Gguf:
         if count < 0:
             raise NotLoaded(f"llama.cpp does not tokenise a text of {len(raw)} bytes")
         return list(ids[:count])
+
+    def knows(self, text: str) -> bool:
+        """llama.cpp composes no letters with their marks, as some tokenizers do first, and some of its rules for
+        cutting words take no notice of marks: with no file does it cut those texts otherwise."""
+        return not has_marks(text)
 
     def template(self, like: Template) -> Template:
         """As `Artefact.template`: rendered by the training's own renderer, with the tokens that the file names."""
@@ -305,7 +311,7 @@ def load(file: Path, adapter: Path | None, *, longest: int, threads: int) -> Ite
 
     It computes on the CPU, attends to keys and values in 32 bits, and does not repack the weights: what differs is what
     is in the file, and rounding of llama.cpp's own, which multiplies weights of 16 and fewer bits with activations as
-    narrow. Raises NotLoaded, and TrainingError EXPORT_UNSUPPORTED.
+    narrow. Raises NotLoaded, and TrainingError PROOF_IMPOSSIBLE.
     """
     library = _library()
     with contextlib.ExitStack() as stack:

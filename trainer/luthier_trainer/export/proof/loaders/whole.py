@@ -13,6 +13,7 @@ from transformers import AutoModelForCausalLM, PreTrainedModel
 from luthier_trainer.export.proof.artefact import Artefact, Loader, NotLoaded
 from luthier_trainer.export.proof.loaders.computing import TorchArtefact, Words, first_line, generation_ends
 from luthier_trainer.model import no_progress_bar
+from luthier_trainer.quantization import keep_differentiable
 
 LOADER = Loader("transformers", transformers.__version__)
 
@@ -45,4 +46,9 @@ def load_weights(folder: Path) -> PreTrainedModel:
     if missing:
         raise NotLoaded(f"it has no weights for {missing[0]}" + (f" and {len(missing) - 1} more" * (len(missing) > 1)))
     whole: PreTrainedModel = model
+    if getattr(whole, "is_quantized", False):
+        keep_differentiable(whole)  # the products that bitsandbytes packs weights for round to bfloat16
+        for each in whole.parameters():
+            if each.is_floating_point():
+                each.data = each.data.float()
     return whole
