@@ -16,12 +16,13 @@ from fidelity.proofs import adapted, export_to, failed, proof_of, random_base, r
 from transformers import AutoModelForCausalLM
 
 from luthier.trainer.v1.task_pb2 import DatasetSource
-from luthier.v1 import event_pb2, export_task_pb2
+from luthier.v1 import event_pb2, export_task_pb2, tokenization_pb2
 from luthier.v1.export_task_pb2 import AdapterExport, ExportTask, GgufExport, MergedExport
 from luthier_trainer import inspect, sft
 from luthier_trainer.control import NoControl
 from luthier_trainer.errors import TrainingError
 from luthier_trainer.export.proof import prove
+from luthier_trainer.export.proof.reference import ask
 from luthier_trainer.export.source import Tuned
 from luthier_trainer.stop import StopRequested, never
 
@@ -252,6 +253,19 @@ def test_a_lacking_weight_is_no_made_up_one(tmp_path: Path, tuned: tuple[Tuned, 
     faults.edit_weights(exported, _without_a_norm)
     with pytest.raises(TrainingError, match=r"no weights for model\.norm\.weight"):
         proof_of(model, exported, BF16, source)
+
+
+def test_a_base_that_asks_for_penalties_is_asked_without(tmp_path: Path, tuned: tuple[Tuned, DatasetSource]) -> None:
+    model, source = tuned
+    base = shutil.copytree(model.base, tmp_path / "base")
+    penalties = {"repetition_penalty": 5.0, "no_repeat_ngram_size": 1, "suppress_tokens": list(range(3, 4000))}
+    faults.edit_json(base / "generation_config.json", lambda settings: settings.update(penalties))
+    nothing = tokenization_pb2.Tokenization()
+    plain, odd = (
+        ask(dataclasses.replace(model, base=each), source, 2, nothing, 0.0, lambda: None, never)
+        for each in (model.base, base)
+    )
+    assert [each.ids for each in plain.continuations] == [each.ids for each in odd.continuations]
 
 
 def test_raw_text_is_proven(tmp_path: Path, tuned: tuple[Tuned, DatasetSource]) -> None:

@@ -37,6 +37,21 @@ def greedy(
         use_cache=True,
     )
     model.train(False)
+    own, model.generation_config = model.generation_config, config  # a base may ask for penalties, which fill gaps
+    try:
+        return _written(model, prompts, config, ends, check)
+    finally:
+        model.generation_config = own
+
+
+def _written(
+    model: PreTrainedModel,
+    prompts: Sequence[Sequence[int]],
+    config: GenerationConfig,
+    ends: frozenset[int],
+    check: Check,
+) -> list[list[int]]:
+    pad = config.pad_token_id
     answers = []
     for start in range(0, len(prompts), _AT_ONCE):
         part = prompts[start : start + _AT_ONCE]
