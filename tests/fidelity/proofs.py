@@ -8,7 +8,7 @@ import torch
 from fidelity.families import FAMILIES
 from fidelity.jobs import Recorder, chats
 from fidelity.tiny import with_lora
-from transformers import AutoTokenizer, PreTrainedModel
+from transformers import AutoTokenizer, PreTrainedModel, PreTrainedTokenizerBase
 
 from luthier.trainer.v1.task_pb2 import DatasetSource
 from luthier.v1.export_proof_pb2 import ExportProof
@@ -20,6 +20,10 @@ from luthier_trainer.export.source import Tuned
 from luthier_trainer.stop import never
 
 ADDED = "<|tool|>"
+_PLAIN = (
+    "{% for m in messages %}[{{ m.role }}] {{ m.content }}{{ eos_token }}{% endfor %}"
+    "{% if add_generation_prompt %}[assistant]{% endif %}"
+)
 
 
 def random_base(
@@ -42,13 +46,25 @@ def random_base(
     return folder
 
 
+def worded(folder: Path, tokenizer: PreTrainedTokenizerBase) -> Path:
+    """A random Llama with this tokenizer and a plain template."""
+    tokenizer.chat_template = _PLAIN
+    size = max(tokenizer.get_vocab().values()) + 1
+    ends = {"bos_token_id": tokenizer.bos_token_id, "eos_token_id": tokenizer.eos_token_id}
+    model = FAMILIES[0].model(torch.float32, vocab_size=size, max_position_embeddings=256, **ends)
+    model.save_pretrained(folder)
+    tokenizer.save_pretrained(folder)
+    return folder
+
+
 def adapted(base: Path, folder: Path, model: PreTrainedModel, **kind: Any) -> Tuned:
     """A tuned model whose adapter is random and strong; `kind`: as for `with_lora`."""
     trained = with_lora(model, **kind)
     assert trained.peft is not None
     trained.peft.save_pretrained(str(folder), save_embedding_layers=False)
     for name in ("tokenizer.json", "tokenizer_config.json", "chat_template.jinja"):
-        shutil.copyfile(base / name, folder / name)
+        if (base / name).is_file():
+            shutil.copyfile(base / name, folder / name)
     return Tuned(folder, base, folder, "model_1", "tiny")
 
 

@@ -12,8 +12,9 @@ import numpy as np
 import pytest
 from fidelity import export_faults as faults
 from fidelity.jobs import Recorder, task
-from fidelity.proofs import adapted, export_to, failed, proof_of, random_base, rows
+from fidelity.proofs import adapted, export_to, failed, proof_of, random_base, rows, worded
 from transformers import AutoModelForCausalLM
+from unit.trainer.gguf_models import byte_level, sentence_pieces
 
 from luthier.trainer.v1.task_pb2 import DatasetSource
 from luthier.v1 import event_pb2, export_task_pb2, tokenization_pb2
@@ -118,6 +119,13 @@ def test_random_models_of_the_families_are_proven(
     base = random_base(tmp_path / "base", family, **changes)
     model = adapted(base, tmp_path / "model", AutoModelForCausalLM.from_pretrained(base), **kind)
     assert failed(proof_of(model, export_to(tmp_path / "out", model, export), export, rows(tmp_path))) == {}
+
+
+@pytest.mark.parametrize("rule", ["qwen2", "tekken", "sentence pieces"])
+def test_no_kind_of_tokenizer_fails_on_a_text_that_llama_cpp_cannot_hold(tmp_path: Path, rule: str) -> None:
+    base = worded(tmp_path / "base", sentence_pieces(True) if rule == "sentence pieces" else byte_level(rule))
+    model = adapted(base, tmp_path / "model", AutoModelForCausalLM.from_pretrained(base))
+    assert failed(proof_of(model, export_to(tmp_path / "out", model, GGUF_F16), GGUF_F16, rows(tmp_path))) == {}
 
 
 @pytest.mark.parametrize("export", [ADAPTER, BF16, GGUF_F16], ids=_name)

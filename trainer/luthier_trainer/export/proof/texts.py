@@ -21,7 +21,8 @@ HARD_TEXTS = (
     "https://example.org/a/b?c=d&e=%20f#g",
     "Grüße aus Zürich, où est l'été? ¿Qué? Ñandú, İstanbul, ß",
     "e\u0301 n\u0303 \u0915\u094d\u0937",
-    "\u00e9 \u00f1 \ufb01 \u2126 \u03a9",
+    "\u00e9 \u00f1 \ufb01 \u03a9",
+    "\u2126 \u212b",
     "Привет, мир! Съешь ещё этих мягких французских булок.",
     "你好，世界！日本語のテキスト、カタカナ。한국어 문장입니다.",
     "مرحبا بالعالم שלום עולם",
@@ -45,6 +46,8 @@ HARD_TEXTS = (
 scripts, emoji of several code points, odd spaces, control characters, and what looks like special tokens."""
 
 
-def has_marks(text: str) -> bool:
-    """Whether a character of the text is put together: a letter with marks behind it, or an emoji with a selector."""
-    return any(unicodedata.category(each).startswith("M") for each in text)
+def has_variants(text: str) -> bool:
+    """Whether Unicode writes the text in another way too: letters and their marks (NFC), signs that stand for letters;
+    or whether it has marks at all."""
+    marked = any(unicodedata.category(each).startswith("M") for each in text)
+    return marked or unicodedata.normalize("NFC", text) != text

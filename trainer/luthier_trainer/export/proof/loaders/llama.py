@@ -21,7 +21,7 @@ import numpy as np
 from luthier_trainer.data.masks.template import Template
 from luthier_trainer.errors import TrainingError
 from luthier_trainer.export.proof.artefact import Artefact, Floats, Loader, NotLoaded
-from luthier_trainer.export.proof.texts import has_marks
+from luthier_trainer.export.proof.texts import has_variants
 
 _F32, _F16 = 0, 1
 _BATCH = 128
@@ -245,9 +245,9 @@ class _Gguf:
         return list(ids[:count])
 
     def knows(self, text: str) -> bool:
-        """llama.cpp composes no letters with their marks, as some tokenizers do first, and some of its rules for
-        cutting words take no notice of marks: with no file does it cut those texts otherwise."""
-        return not has_marks(text)
+        """llama.cpp normalises no Unicode, as some tokenizers do first, and some of its rules for cutting words take no
+        notice of combining marks: no file makes it cut such texts otherwise."""
+        return not has_variants(text)
 
     def template(self, like: Template) -> Template:
         """As `Artefact.template`: rendered by the training's own renderer, with the tokens that the file names."""
