@@ -195,10 +195,16 @@ def _use(subject: Subject, form: Form) -> Iterator[str]:
     if form == Form.ADAPTER:
         revision = subject.model.base_model_revision
         pinned = f", revision={literal(revision)}" if revision and _hub_base(subject) else ""
+        is_builtin = subject.base.startswith("builtin/")
+        if is_builtin:
+            yield from ("from importlib.resources import files  # the base comes with luthier-trainer", "")
         yield "from peft import PeftModel"
         yield "from transformers import AutoModelForCausalLM, AutoTokenizer"
         yield ""
-        base = literal(_hub_base(subject) or _shown(subject.base))
+        if is_builtin:
+            base = f'files("luthier_trainer") / {literal(subject.base)}'
+        else:
+            base = literal(_hub_base(subject) or _shown(subject.base))
         yield f"base = AutoModelForCausalLM.from_pretrained({base}{pinned})"
         yield 'model = PeftModel.from_pretrained(base, "DIRECTORY")'
     else:
