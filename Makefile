@@ -19,7 +19,7 @@ $(VENV)/.runtime: constraints.txt $(DISTS:%=%/pyproject.toml)
 	@test -x $(BIN)/python || { echo "creating $(VENV)"; $(PYTHON) -m venv $(VENV); }
 	@echo "installing Luthier (torch takes a minute)"
 	@$(PIP) install --upgrade 'pip>=25.1'
-	@$(PIP) install -c constraints.txt torch==2.13.0 $(DISTS:%=-e ./%)
+	@$(PIP) install -c constraints.txt torch==2.13.0 $(DISTS:%=-e ./%) -e './trainer[gguf]'
 	@touch $@
 
 $(VENV)/.dev: $(VENV)/.runtime pyproject.toml
