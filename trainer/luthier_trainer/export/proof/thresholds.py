@@ -118,7 +118,8 @@ def limits_of(thresholds: Thresholds, own: Standing, shaken: Judged | None, voca
         limit = max(thresholds.logprob * spread, _TIMES_NOISE * largest)
         ratio = max(thresholds.perplexity, _exp(_TIMES_MEAN * mean))
         return Limits(thresholds.top1, limit, ratio, limit, tie_by_spread=False)
-    top1, ratio = thresholds.top1, thresholds.perplexity
+    # Of few positions one may always differ: a share of them is no finer than that.
+    top1, ratio = min(thresholds.top1, 1 - 1 / len(own.target)), thresholds.perplexity
     if shaken is not None and -float(own.target.mean(dtype=np.float64)) >= math.log(vocabulary / 2):
         same, tied = agreement(own, shaken, thresholds.tie * own.spread)
         top1 = min(top1, float((same | tied).mean()) / 2)
