@@ -34,8 +34,9 @@ serve: setup ## start luthierd for real use
 	@exec $(BIN)/luthierd
 
 # Most tests wait for real processes, so three workers keep two cores busy; more threads would only get in their way.
+# Files in the order of their folders: those of few and long tests, which xdist would start last, come early.
 test: setup-dev ## run the tests
-	@OMP_NUM_THREADS=1 OMP_WAIT_POLICY=PASSIVE $(BIN)/python -m pytest -n 3 --dist loadfile -q
+	@OMP_NUM_THREADS=1 OMP_WAIT_POLICY=PASSIVE $(BIN)/python -m pytest -n 3 --dist loadfile --no-loadscope-reorder -q
 
 check: setup-dev ## format, lint, types, import rules, the contract and its generated code
 	@PATH="$(CURDIR)/$(BIN):$$PATH" sh .ci/check
