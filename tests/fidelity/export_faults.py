@@ -107,3 +107,18 @@ def half_rotated(folder: Path) -> None:
         weights[name] = weights[name].view(2, rows // 2, columns).transpose(0, 1).reshape(rows, columns)
 
     edit_weights(folder, turn)
+
+
+def rotated_otherwise(folder: Path) -> None:
+    """Another base of the rotary embedding."""
+    edit_json(folder / "config.json", lambda config: config["rope_parameters"].update(rope_theta=20000.0))
+
+
+def epsilon_changed(folder: Path) -> None:
+    """Another library's default of a norm's epsilon."""
+    edit_json(folder / "config.json", lambda config: config.update(rms_norm_eps=1e-5))
+
+
+def window_changed(folder: Path) -> None:
+    """A context that the model was not made for."""
+    edit_json(folder / "config.json", lambda config: config.update(max_position_embeddings=1 << 17))

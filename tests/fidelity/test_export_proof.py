@@ -243,6 +243,35 @@ def test_an_export_that_cannot_be_loaded_is_told_as_such(
     assert str(tmp_path) not in caught.value.message
 
 
+@pytest.mark.parametrize("export", [BF16, NF4], ids=_name)
+@pytest.mark.parametrize("fault", [faults.rotated_otherwise, faults.epsilon_changed, faults.window_changed])
+def test_a_setting_that_changes_less_than_rounding_does_is_caught(
+    tmp_path: Path, tuned: tuple[Tuned, DatasetSource], fault: Callable[[Path], None], export: ExportTask
+) -> None:
+    model, source = tuned
+    exported = export_to(tmp_path / "out", model, export)
+    fault(exported)
+    with pytest.raises(TrainingError, match=r"rope_parameters|rms_norm_eps|max_position") as caught:
+        proof_of(model, exported, export, source)
+    assert caught.value.reason == "EXPORT_NOT_EQUAL"
+
+
+@pytest.mark.parametrize("export", [GGUF_F16, Q2_K], ids=_name)
+@pytest.mark.parametrize(
+    ("key", "value"), [("llama.rope.freq_base", 20000.0), ("llama.attention.layer_norm_rms_epsilon", 1e-4)]
+)
+def test_a_number_of_a_gguf_file_that_changes_less_than_rounding_does_is_caught(
+    tmp_path: Path, tuned: tuple[Tuned, DatasetSource], key: str, value: float, export: ExportTask
+) -> None:
+    model, source = tuned
+    exported = export_to(tmp_path / "out", model, export)
+    field = gguf.GGUFReader(next(exported.glob("*.gguf")), "r+").fields[key]
+    field.parts[field.data[0]][:] = value
+    with pytest.raises(TrainingError, match=key.removeprefix("llama.")) as caught:
+        proof_of(model, exported, export, source)
+    assert caught.value.reason == "EXPORT_NOT_EQUAL"
+
+
 def _without_a_norm(weights: faults.Weights) -> None:
     del weights["model.norm.weight"]
 

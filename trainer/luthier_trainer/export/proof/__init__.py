@@ -145,7 +145,7 @@ def _loaded(
         case "merged":
             from luthier_trainer.export.proof.loaders import whole
 
-            with whole.load(exported) as artefact:
+            with whole.load(exported, tuned.base) as artefact:
                 yield whole.LOADER, artefact
         case "gguf":
             from luthier_trainer.export.proof.loaders import llama
@@ -153,7 +153,8 @@ def _loaded(
             with _gguf_files(tuned, exported, export.gguf, cache, check) as (file, adapter):
                 # llama.cpp's threads wait by spinning: no more of them than torch was given.
                 threads = torch.get_num_threads()
-                with llama.load(file, adapter, longest=reference.longest, threads=threads) as artefact:
+                longest = reference.longest
+                with llama.load(file, adapter, base=tuned.base, longest=longest, threads=threads) as artefact:
                     yield llama.loader(), artefact
         case other:
             raise ValueError(f"an export of format {other}")

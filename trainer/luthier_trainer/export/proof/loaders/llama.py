@@ -21,6 +21,7 @@ import numpy as np
 from luthier_trainer.data.masks.template import Template
 from luthier_trainer.errors import TrainingError
 from luthier_trainer.export.proof.artefact import Artefact, Floats, Loader, NotLoaded
+from luthier_trainer.export.proof.settings import require_same_metadata
 from luthier_trainer.export.proof.texts import has_marks
 
 _F32, _F16 = 0, 1
@@ -230,7 +231,7 @@ class _Gguf:
     @property
     def ends(self) -> frozenset[int]:
         """What the file's metadata names an end, and llama.cpp stops at."""
-        named = [self._metadata(f"tokenizer.ggml.{key}") for key in _END_KEYS]
+        named = [self.metadata(f"tokenizer.ggml.{key}") for key in _END_KEYS]
         ids = {int(each) for each in named if each and each.isdecimal()}
         return frozenset(each for each in ids if self._library.llama_vocab_is_eog(self._vocab, each))
 
@@ -258,7 +259,7 @@ class _Gguf:
         ):
             if name in variables and token >= 0:
                 variables[name] = (self._library.llama_vocab_get_text(self._vocab, token) or b"").decode()
-        return replace(like, source=self._metadata("tokenizer.chat_template") or "", variables=variables, name="")
+        return replace(like, source=self.metadata("tokenizer.chat_template") or "", variables=variables, name="")
 
     def logits(self, ids: Sequence[int], positions: Sequence[int]) -> Floats:
         """[positions, vocabulary], in batches that see what came before."""
@@ -298,7 +299,7 @@ class _Gguf:
         found: Floats = np.ctypeslib.as_array(pointer, (self._width,)).copy()
         return found if np.isfinite(found).all() else np.nan_to_num(found, nan=-1e30, posinf=1e30, neginf=-1e30)
 
-    def _metadata(self, key: str) -> str:
+    def metadata(self, key: str) -> str:
         """The file's own value of a key; empty where it has none."""
         buffer = ctypes.create_string_buffer(_MOST_METADATA)
         length = self._library.llama_model_meta_val_str(self._model, key.encode(), buffer, len(buffer))
@@ -306,8 +307,9 @@ class _Gguf:
 
 
 @contextlib.contextmanager
-def load(file: Path, adapter: Path | None, *, longest: int, threads: int) -> Iterator[Artefact]:
-    """A GGUF file's model, with a GGUF adapter on it if there is one; texts have `longest` tokens at most.
+def load(file: Path, adapter: Path | None, *, base: Path, longest: int, threads: int) -> Iterator[Artefact]:
+    """A GGUF file's model, with a GGUF adapter on it if there is one; texts have `longest` tokens at most. `base`:
+    whose configuration the file must tell.
 
     It computes on the CPU, attends to keys and values in 32 bits, and does not repack the weights: what differs is what
     is in the file, and rounding of llama.cpp's own, which multiplies weights of 16 and fewer bits with activations as
@@ -336,7 +338,9 @@ def load(file: Path, adapter: Path | None, *, longest: int, threads: int) -> Ite
             scale = c_float(1.0)
             if library.llama_set_adapters_lora(context, byref(c_void_p(lora)), 1, byref(scale)) != 0:
                 raise NotLoaded(f"llama.cpp does not take the adapter: {_why()}")
-        yield _Gguf(library, model, context)
+        loaded = _Gguf(library, model, context)
+        require_same_metadata(base, loaded.metadata)
+        yield loaded
 
 
 def _opened(handle: int | None) -> int:
