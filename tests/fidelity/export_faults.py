@@ -37,6 +37,19 @@ def template_lost(folder: Path) -> None:
     (folder / "chat_template.jinja").unlink()
 
 
+def system_turn_lost(folder: Path) -> None:
+    """A template that knows no system turns."""
+    path = folder / "chat_template.jinja"
+    source = path.read_text(encoding="utf-8")
+    others = "{% set messages = messages | rejectattr('role', 'equalto', 'system') | list %}"
+    path.write_text(others + source, encoding="utf-8")
+
+
+def end_token_renamed(folder: Path) -> None:
+    """The tokenizer calls another token the end, which other programs ask it for."""
+    edit_json(folder / "tokenizer_config.json", lambda settings: settings.update(eos_token="<|endoftext|>"))
+
+
 def ids_shifted(folder: Path) -> None:
     """Every ordinary token has the id of the one before it."""
 

@@ -1,7 +1,7 @@
 """A model of transformers, as the proof asks it."""
 
 import inspect
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from pathlib import Path
 
 import numpy as np
@@ -56,6 +56,11 @@ class Words:
         found = self._tokenizer.eos_token_id
         return frozenset() if found is None else frozenset({int(found)})
 
+    @property
+    def special(self) -> Mapping[str, int | None]:
+        """As `Artefact.special`."""
+        return special_tokens(self._tokenizer)
+
     def tokenise(self, text: str, *, special: bool) -> list[int]:
         """As `Artefact.tokenise`."""
         ids: list[int] = self._tokenizer(text, add_special_tokens=special, verbose=False)["input_ids"]
@@ -84,6 +89,11 @@ class TorchArtefact(Computing):
         """The tokens at which its `generate` stops."""
         return self._ends
 
+    @property
+    def special(self) -> Mapping[str, int | None]:
+        """As `Artefact.special`."""
+        return self._words.special
+
     def tokenise(self, text: str, *, special: bool) -> list[int]:
         """As `Artefact.tokenise`."""
         return self._words.tokenise(text, special=special)
@@ -95,6 +105,11 @@ class TorchArtefact(Computing):
     def template(self, like: Template) -> Template:
         """As `Artefact.template`."""
         return self._words.template(like)
+
+
+def special_tokens(tokenizer: PreTrainedTokenizerBase) -> Mapping[str, int | None]:
+    """The tokens that programs ask a tokenizer for, by its names of them."""
+    return {name: getattr(tokenizer, f"{name}_id", None) for name in ("bos_token", "eos_token", "pad_token")}
 
 
 def generation_ends(model: PreTrainedModel) -> frozenset[int]:

@@ -9,7 +9,7 @@ import contextlib
 import ctypes
 import importlib.metadata
 import importlib.util
-from collections.abc import Iterator, Sequence
+from collections.abc import Iterator, Mapping, Sequence
 from ctypes import POINTER, Structure, byref, c_bool, c_char_p, c_float, c_int8, c_int32, c_size_t, c_uint32, c_void_p
 from dataclasses import replace
 from functools import cache
@@ -234,6 +234,11 @@ class _Gguf:
         named = [self.metadata(f"tokenizer.ggml.{key}") for key in _END_KEYS]
         ids = {int(each) for each in named if each and each.isdecimal()}
         return frozenset(each for each in ids if self._library.llama_vocab_is_eog(self._vocab, each))
+
+    @property
+    def special(self) -> Mapping[str, int | None]:
+        """None: a file has an `eos` or a `bos` for other reasons too, and `ends` tells where llama.cpp stops."""
+        return {}
 
     def tokenise(self, text: str, *, special: bool) -> list[int]:
         """As `Artefact.tokenise`; text that looks like a special token is one, as a rendered conversation needs."""
