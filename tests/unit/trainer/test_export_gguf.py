@@ -121,6 +121,20 @@ def test_an_adapter_that_llama_cpp_would_load_in_part_is_refused(
     assert refused.value.reason == "EXPORT_UNSUPPORTED"
 
 
+@pytest.mark.filterwarnings("ignore:Model has `tie_word_embeddings=True`")
+def test_an_adapter_of_a_head_that_a_tied_base_does_not_have_is_refused(tmp_path: Path) -> None:
+    base = saved(random_model("llama", tie_word_embeddings=True), tmp_path / "base")
+    peft = get_peft_model(
+        random_model("llama", tie_word_embeddings=True), LoraConfig(target_modules=["q_proj", "lm_head"])
+    )
+    peft.save_pretrained(str(tmp_path / "adapter"), save_embedding_layers=False)
+    tuned = Tuned(base.directory, base.directory, tmp_path / "adapter", "model_2")
+
+    with pytest.raises(TrainingError, match="changes the head") as refused:
+        gguf.require(tuned, GgufExport(adapter_only=True))
+    assert refused.value.reason == "EXPORT_UNSUPPORTED"
+
+
 def test_a_bases_name_brings_no_instructions_into_a_modelfile(tmp_path: Path) -> None:
     base = saved(random_model("llama"), tmp_path / "base")
     peft = get_peft_model(random_model("llama"), LoraConfig(target_modules=["q_proj"]))
