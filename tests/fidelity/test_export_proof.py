@@ -276,6 +276,33 @@ def test_a_number_of_a_gguf_file_that_changes_less_than_rounding_does_is_caught(
     assert caught.value.reason == "EXPORT_NOT_EQUAL"
 
 
+SHARDED = ExportTask(merged=MergedExport(weights=export_task_pb2.WEIGHT_TYPE_BF16, max_shard_bytes=300_000))
+
+
+@pytest.mark.parametrize(
+    ("export", "file", "content"),
+    [
+        (SHARDED, "model-00002-of-00002.safetensors", None),
+        (BF16, "config.json", "{"),
+        (BF16, "tokenizer.json", '{"version": "1.0", "model": {"type": "BPE"}}'),
+        (ADAPTER, "generation_config.json", "{"),
+    ],
+    ids=["a shard is lacking", "config.json", "tokenizer.json", "generation_config.json"],
+)
+def test_a_file_that_is_lacking_or_broken_fails_the_proof_without_telling_where_it_lay(
+    tmp_path: Path, tuned: tuple[Tuned, DatasetSource], export: ExportTask, file: str, content: str | None
+) -> None:
+    model, source = tuned
+    exported = export_to(tmp_path / "out", model, export)
+    (exported / file).unlink()
+    if content is not None:
+        (exported / file).write_text(content)
+    with pytest.raises(TrainingError) as caught:
+        proof_of(model, exported, export, source)
+    assert caught.value.reason == "EXPORT_NOT_EQUAL"
+    assert str(tmp_path) not in caught.value.message
+
+
 @pytest.mark.parametrize(("others", "passes"), [(1, True), (2, False)])
 def test_one_other_token_of_a_short_row_is_no_proof_against_quantised_weights(
     tmp_path: Path, tuned: tuple[Tuned, DatasetSource], others: int, passes: bool

@@ -77,7 +77,7 @@ def prove(
     except NotLoaded as error:
         raise TrainingError(
             "EXPORT_NOT_EQUAL",
-            f"The export cannot be used as it was meant: {error}.",
+            f"The export cannot be used as it was meant: {_without_paths(str(error), exported, tuned.base)}.",
             "This is a fault of the export and not of the model; nothing of it was kept.",
         ) from error
     checks += compare.numbers(reference, found, answers, ends, limits)
@@ -90,6 +90,13 @@ def prove(
         tokens=reference.tokens,
         dataset_id=dataset.id,
     )
+
+
+def _without_paths(text: str, *folders: Path) -> str:
+    """What libraries say of a file, without where this server keeps it."""
+    for each in folders:
+        text = text.replace(f"{each}/", "").replace(str(each), "it")
+    return text
 
 
 def _reads(artefact: Artefact, row: ProofRow, answer: Continuation) -> Judged:

@@ -47,7 +47,7 @@ class Words:
             self._tokenizer: PreTrainedTokenizerBase = AutoTokenizer.from_pretrained(
                 folder, local_files_only=True, trust_remote_code=False
             )
-        except (OSError, ValueError, KeyError) as error:
+        except Exception as error:  # the library raises its errors as Exception itself
             raise NotLoaded(f"its tokenizer: {first_line(error)}") from error
 
     @property
