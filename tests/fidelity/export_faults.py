@@ -82,6 +82,12 @@ def end_of_turn_lost(folder: Path) -> None:
     edit_json(folder / "config.json", lose)
 
 
+def end_in_the_middle(folder: Path) -> None:
+    """A word that answers are made of ends them, too."""
+    words = json.loads((folder / "tokenizer.json").read_text(encoding="utf-8"))["model"]["vocab"]
+    edit_json(folder / "generation_config.json", lambda settings: settings.update(eos_token_id=[2, words["\u0120two"]]))
+
+
 def head_dropped(folder: Path) -> None:
     """A head that was trained apart from the embedding is taken for tied."""
 

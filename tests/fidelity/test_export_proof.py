@@ -276,6 +276,15 @@ def test_a_number_of_a_gguf_file_that_changes_less_than_rounding_does_is_caught(
     assert caught.value.reason == "EXPORT_NOT_EQUAL"
 
 
+def test_an_export_in_few_bits_that_stops_at_a_word_is_caught(
+    tmp_path: Path, tuned: tuple[Tuned, DatasetSource]
+) -> None:
+    model, source = tuned
+    exported = export_to(tmp_path / "out", model, NF4)
+    faults.end_in_the_middle(exported)
+    assert "with which no answer ends" in failed(proof_of(model, exported, NF4, source))["STOP_TOKENS"]
+
+
 SHARDED = ExportTask(merged=MergedExport(weights=export_task_pb2.WEIGHT_TYPE_BF16, max_shard_bytes=300_000))
 
 

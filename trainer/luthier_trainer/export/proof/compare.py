@@ -86,8 +86,18 @@ def _conversations(reference: Reference, chats: Sequence[ProofRow]) -> Iterator[
 
 
 def stop_tokens(reference: Reference, artefact: Artefact) -> ProofCheck:
-    """STOP_TOKENS: whether generation stops at every token that the rows teach to end a turn with."""
+    """STOP_TOKENS: whether generation stops at every token that the rows teach to end a turn with, and at no word of
+    theirs."""
     taught = sorted(reference.taught)
+    predicted = {token for row in reference.rows for token in row.targets}
+    words = [
+        each
+        for each in sorted((artefact.ends - reference.ends) & predicted)
+        if not reference.template.control.fullmatch(reference.name_of(each))
+    ]
+    if words:
+        message = f"the export stops at {reference.name_of(words[0])!r} ({words[0]}), with which no answer ends"
+        return _share("STOP_TOKENS", len(taught), len(taught) + len(words), message)
     lost = [each for each in taught if each not in artefact.ends]
     names = ", ".join(map(reference.name_of, taught))
     if lost:
