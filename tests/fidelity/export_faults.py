@@ -37,6 +37,19 @@ def template_lost(folder: Path) -> None:
     (folder / "chat_template.jinja").unlink()
 
 
+def system_turn_lost(folder: Path) -> None:
+    """A template that knows no system turns."""
+    path = folder / "chat_template.jinja"
+    source = path.read_text(encoding="utf-8")
+    others = "{% set messages = messages | rejectattr('role', 'equalto', 'system') | list %}"
+    path.write_text(others + source, encoding="utf-8")
+
+
+def end_token_renamed(folder: Path) -> None:
+    """The tokenizer calls another token the end, which other programs ask it for."""
+    edit_json(folder / "tokenizer_config.json", lambda settings: settings.update(eos_token="<|endoftext|>"))
+
+
 def ids_shifted(folder: Path) -> None:
     """Every ordinary token has the id of the one before it."""
 
@@ -67,6 +80,12 @@ def end_of_turn_lost(folder: Path) -> None:
 
     edit_json(folder / "generation_config.json", lose)
     edit_json(folder / "config.json", lose)
+
+
+def end_in_the_middle(folder: Path) -> None:
+    """A word that answers are made of ends them, too."""
+    words = json.loads((folder / "tokenizer.json").read_text(encoding="utf-8"))["model"]["vocab"]
+    edit_json(folder / "generation_config.json", lambda settings: settings.update(eos_token_id=[2, words["\u0120two"]]))
 
 
 def head_dropped(folder: Path) -> None:
@@ -107,3 +126,18 @@ def half_rotated(folder: Path) -> None:
         weights[name] = weights[name].view(2, rows // 2, columns).transpose(0, 1).reshape(rows, columns)
 
     edit_weights(folder, turn)
+
+
+def rotated_otherwise(folder: Path) -> None:
+    """Another base of the rotary embedding."""
+    edit_json(folder / "config.json", lambda config: config["rope_parameters"].update(rope_theta=20000.0))
+
+
+def epsilon_changed(folder: Path) -> None:
+    """Another library's default of a norm's epsilon."""
+    edit_json(folder / "config.json", lambda config: config.update(rms_norm_eps=1e-5))
+
+
+def window_changed(folder: Path) -> None:
+    """A context that the model was not made for."""
+    edit_json(folder / "config.json", lambda config: config.update(max_position_embeddings=1 << 17))

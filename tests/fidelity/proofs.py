@@ -83,7 +83,7 @@ def export_to(folder: Path, tuned: Tuned, export: ExportTask) -> Path:
 
 def proof_of(tuned: Tuned, exported: Path, export: ExportTask, dataset: DatasetSource) -> ExportProof:
     """The proof of what lies in `exported`."""
-    return prove(tuned, exported, export, dataset, exported.parent / "cache", Recorder(), never)
+    return prove(tuned, exported, export, dataset, Recorder(), never)
 
 
 def failed(proof: ExportProof) -> dict[str, str]:

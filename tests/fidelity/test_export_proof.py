@@ -22,8 +22,10 @@ from luthier.v1.export_task_pb2 import AdapterExport, ExportTask, GgufExport, Me
 from luthier_trainer import inspect, sft
 from luthier_trainer.control import NoControl
 from luthier_trainer.errors import TrainingError
-from luthier_trainer.export.proof import prove
+from luthier_trainer.export.proof import compare, prove
+from luthier_trainer.export.proof.measure import Judged
 from luthier_trainer.export.proof.reference import ask
+from luthier_trainer.export.proof.thresholds import Limits
 from luthier_trainer.export.source import Tuned
 from luthier_trainer.stop import StopRequested, never
 
@@ -99,7 +101,7 @@ def test_every_export_of_the_example_is_proven(
     expected = {"adapter": "peft", "merged": "transformers", "gguf": "llama.cpp"}
     assert proof.loader == expected[export.WhichOneof("format") or ""]
     assert proof.loader_version
-    assert not list((tmp_path / "cache").glob("*"))
+    assert not list((tmp_path / "out").glob(".proof-*"))
 
 
 @pytest.mark.parametrize("export", [BF16, GGUF_F16, Q4_K_M], ids=_name)
@@ -142,6 +144,8 @@ def test_a_base_that_knew_no_end_of_a_turn_stops_at_it_once_tuned(tmp_path: Path
     [
         (faults.template_swapped, {"TEMPLATE"}, "the template writes '<|im_start|>user"),
         (faults.template_lost, {"TEMPLATE"}, "has no chat template"),
+        (faults.system_turn_lost, {"TEMPLATE"}, "a question after a system turn: from character"),
+        (faults.end_token_renamed, {"TOKENIZATION"}, "the eos_token is '<|im_end|>' (2), in the export"),
         (faults.ids_shifted, {"TOKENIZATION"}, "line 1: token 1 is 'user' (298), in the export 297"),
         (faults.merge_removed, {"TOKENIZATION"}, "token "),
         (faults.end_of_turn_lost, {"STOP_TOKENS"}, "training ends turns with <|im_end|> (2)"),
@@ -251,6 +255,88 @@ def test_an_export_that_cannot_be_loaded_is_told_as_such(
     assert str(tmp_path) not in caught.value.message
 
 
+@pytest.mark.parametrize("export", [BF16, NF4], ids=_name)
+@pytest.mark.parametrize("fault", [faults.rotated_otherwise, faults.epsilon_changed, faults.window_changed])
+def test_a_setting_that_changes_less_than_rounding_does_is_caught(
+    tmp_path: Path, tuned: tuple[Tuned, DatasetSource], fault: Callable[[Path], None], export: ExportTask
+) -> None:
+    model, source = tuned
+    exported = export_to(tmp_path / "out", model, export)
+    fault(exported)
+    with pytest.raises(TrainingError, match=r"rope_parameters|rms_norm_eps|max_position") as caught:
+        proof_of(model, exported, export, source)
+    assert caught.value.reason == "EXPORT_NOT_EQUAL"
+
+
+@pytest.mark.parametrize("export", [GGUF_F16, Q2_K], ids=_name)
+@pytest.mark.parametrize(
+    ("key", "value"), [("llama.rope.freq_base", 20000.0), ("llama.attention.layer_norm_rms_epsilon", 1e-4)]
+)
+def test_a_number_of_a_gguf_file_that_changes_less_than_rounding_does_is_caught(
+    tmp_path: Path, tuned: tuple[Tuned, DatasetSource], key: str, value: float, export: ExportTask
+) -> None:
+    model, source = tuned
+    exported = export_to(tmp_path / "out", model, export)
+    field = gguf.GGUFReader(next(exported.glob("*.gguf")), "r+").fields[key]
+    field.parts[field.data[0]][:] = value
+    with pytest.raises(TrainingError, match=key.removeprefix("llama.")) as caught:
+        proof_of(model, exported, export, source)
+    assert caught.value.reason == "EXPORT_NOT_EQUAL"
+
+
+def test_an_export_in_few_bits_that_stops_at_a_word_is_caught(
+    tmp_path: Path, tuned: tuple[Tuned, DatasetSource]
+) -> None:
+    model, source = tuned
+    exported = export_to(tmp_path / "out", model, NF4)
+    faults.end_in_the_middle(exported)
+    assert "with which no answer ends" in failed(proof_of(model, exported, NF4, source))["STOP_TOKENS"]
+
+
+SHARDED = ExportTask(merged=MergedExport(weights=export_task_pb2.WEIGHT_TYPE_BF16, max_shard_bytes=300_000))
+
+
+@pytest.mark.parametrize(
+    ("export", "file", "content"),
+    [
+        (SHARDED, "model-00002-of-00002.safetensors", None),
+        (BF16, "config.json", "{"),
+        (BF16, "tokenizer.json", '{"version": "1.0", "model": {"type": "BPE"}}'),
+        (ADAPTER, "generation_config.json", "{"),
+    ],
+    ids=["a shard is lacking", "config.json", "tokenizer.json", "generation_config.json"],
+)
+def test_a_file_that_is_lacking_or_broken_fails_the_proof_without_telling_where_it_lay(
+    tmp_path: Path, tuned: tuple[Tuned, DatasetSource], export: ExportTask, file: str, content: str | None
+) -> None:
+    model, source = tuned
+    exported = export_to(tmp_path / "out", model, export)
+    (exported / file).unlink()
+    if content is not None:
+        (exported / file).write_text(content)
+    with pytest.raises(TrainingError) as caught:
+        proof_of(model, exported, export, source)
+    assert caught.value.reason == "EXPORT_NOT_EQUAL"
+    assert str(tmp_path) not in caught.value.message
+
+
+@pytest.mark.parametrize(("others", "passes"), [(1, True), (2, False)])
+def test_one_other_token_of_a_short_row_is_no_proof_against_quantised_weights(
+    tmp_path: Path, tuned: tuple[Tuned, DatasetSource], others: int, passes: bool
+) -> None:
+    model, source = tuned
+    reference = ask(model, source, 1, tokenization_pb2.Tokenization(), 0.0, lambda: None, never)
+    (own,) = reference.standings
+    assert len(own.target) < 50
+    best = own.ids[:, 0].copy()
+    best[:others] = own.ids[:others, -1]
+    found = Judged(own.target, best, own.logprobs)
+    limits = Limits(0.98, None, 1.02, 0.0, tie_by_spread=True)
+    top1 = compare.numbers(reference, [found], [], frozenset(), limits)[0]
+    assert (top1.name, top1.passed) == ("TOP1_AGREEMENT", passes)
+    assert top1.passed == (top1.value >= top1.limit)
+
+
 def _without_a_norm(weights: faults.Weights) -> None:
     del weights["model.norm.weight"]
 
@@ -305,7 +391,7 @@ def test_a_stop_ends_a_proof_between_rows_and_progress_counts_both_models(
     model, source = tuned
     exported = export_to(tmp_path / "out", model, BF16)
     recorder = Recorder()
-    prove(model, exported, BF16, source, tmp_path / "cache", recorder, never)
+    prove(model, exported, BF16, source, recorder, never)
     told = [each for each in recorder.reports if isinstance(each, event_pb2.PhaseProgressed)]
     assert [(each.completed, each.total, each.unit) for each in told] == [(n, 12, "rows") for n in range(13)]
     assert {each.phase for each in told} == {event_pb2.PHASE_PROVING}
@@ -315,5 +401,5 @@ def test_a_stop_ends_a_proof_between_rows_and_progress_counts_both_models(
             raise StopRequested
 
     with pytest.raises(StopRequested):
-        prove(model, exported, BF16, source, tmp_path / "cache", recorder, stop)
+        prove(model, exported, BF16, source, recorder, stop)
     assert len(recorder.reports) == 21

@@ -145,9 +145,9 @@ def expected(model: torch.nn.Module, ids: Sequence[int]) -> npt.NDArray[np.float
         return torch.log_softmax(model(torch.tensor([list(ids)])).logits[0].float(), -1).numpy()
 
 
-def by_llama_cpp(file: Path, ids: Sequence[int], adapter: Path | None = None) -> npt.NDArray[np.float32]:
-    """The same by llama.cpp."""
-    with llama.load(file, adapter, longest=len(ids), threads=1) as loaded:
+def by_llama_cpp(file: Path, ids: Sequence[int], base: Path, adapter: Path | None = None) -> npt.NDArray[np.float32]:
+    """The same by llama.cpp, from a file that says what `base` does."""
+    with llama.load(file, adapter, base=base, longest=len(ids), threads=1) as loaded:
         logits = loaded.logits(list(ids), list(range(len(ids))))
     return torch.log_softmax(torch.from_numpy(logits), -1).numpy()
 

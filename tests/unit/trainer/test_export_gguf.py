@@ -42,7 +42,7 @@ def test_llama_cpp_computes_what_transformers_does_for_every_family(family: str,
 
     file = written(saved(model, tmp_path / "model"), tmp_path / "export")
 
-    found, wanted = by_llama_cpp(file, ids), expected(model, ids)
+    found, wanted = by_llama_cpp(file, ids, tmp_path / "model"), expected(model, ids)
     assert np.abs(found - wanted).max() < _ROUNDING
     assert (found.argmax(-1) == wanted.argmax(-1)).mean() > 0.95
 
@@ -93,14 +93,14 @@ def test_an_adapter_alone_does_in_llama_cpp_what_it_does_in_peft(family: str, rs
     ids = some_tokens()
 
     adapter = written(tuned, tmp_path / "export", adapter_only=True)
-    found = by_llama_cpp(written(base, tmp_path / "base-export"), ids, adapter)
+    found = by_llama_cpp(written(base, tmp_path / "base-export"), ids, base.directory, adapter)
 
     wanted = expected(peft, ids)
     assert np.abs(found - wanted).max() < _ROUNDING
     assert np.abs(expected(random_model(family), ids) - wanted).max() > 10 * _ROUNDING
     assert f"ADAPTER ./{adapter.name}" in (tmp_path / "export" / "Modelfile").read_text()
 
-    merged = by_llama_cpp(written(tuned, tmp_path / "merged"), ids)
+    merged = by_llama_cpp(written(tuned, tmp_path / "merged"), ids, base.directory)
     assert np.abs(merged - wanted).max() < _ROUNDING
 
 
@@ -117,6 +117,20 @@ def test_an_adapter_that_llama_cpp_would_load_in_part_is_refused(
     tuned = Tuned(base.directory, base.directory, tmp_path / "adapter", "model_2")
 
     with pytest.raises(TrainingError, match=named) as refused:
+        gguf.require(tuned, GgufExport(adapter_only=True))
+    assert refused.value.reason == "EXPORT_UNSUPPORTED"
+
+
+@pytest.mark.filterwarnings("ignore:Model has `tie_word_embeddings=True`")
+def test_an_adapter_of_a_head_that_a_tied_base_does_not_have_is_refused(tmp_path: Path) -> None:
+    base = saved(random_model("llama", tie_word_embeddings=True), tmp_path / "base")
+    peft = get_peft_model(
+        random_model("llama", tie_word_embeddings=True), LoraConfig(target_modules=["q_proj", "lm_head"])
+    )
+    peft.save_pretrained(str(tmp_path / "adapter"), save_embedding_layers=False)
+    tuned = Tuned(base.directory, base.directory, tmp_path / "adapter", "model_2")
+
+    with pytest.raises(TrainingError, match="changes the head") as refused:
         gguf.require(tuned, GgufExport(adapter_only=True))
     assert refused.value.reason == "EXPORT_UNSUPPORTED"
 

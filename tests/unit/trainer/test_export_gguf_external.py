@@ -50,6 +50,7 @@ def test_the_operators_converter_gets_the_merged_model_and_no_secrets(
 ) -> None:
     script = (
         "import json, os, sys, pathlib\n"
+        "assert pathlib.Path(sys.argv[3]).parent in pathlib.Path(sys.argv[1]).parents, 'it would outlive the export'\n"
         "files = sorted(each.name for each in pathlib.Path(sys.argv[1]).iterdir())\n"
         "pathlib.Path(sys.argv[3]).write_text(json.dumps([sys.argv[2], *sys.argv[4:], *files, *os.environ]))\n"
     )
@@ -63,6 +64,7 @@ def test_the_operators_converter_gets_the_merged_model_and_no_secrets(
     assert "LUTHIER" not in got
     assert (tmp_path / "export" / "Modelfile").read_text().startswith("FROM ./model-bf16.gguf\n")
     assert sorted(each.name for each in tmp_path.iterdir()) == ["export", "llama.cpp", "model"]
+    assert sorted(each.name for each in (tmp_path / "export").iterdir()) == ["Modelfile", "model-bf16.gguf"]
 
 
 def test_what_the_converter_said_last_is_the_error(foreign: Tuned, tmp_path: Path) -> None:

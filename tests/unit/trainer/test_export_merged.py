@@ -73,6 +73,12 @@ def test_no_file_is_larger_than_was_asked_for_and_the_index_knows_all(source: Tu
     torch.testing.assert_close(loaded_logits(out), peft_logits(source), rtol=0, atol=1e-4)
 
 
+def test_a_base_that_names_foreign_code_leads_nobody_to_it(source: Tuned, tmp_path: Path) -> None:
+    changed(source.base / "config.json", auto_map={"AutoModelForCausalLM": "somebody/code--modeling.Model"})
+    out = merged(source, tmp_path / "out")
+    assert "somebody" not in (out / "config.json").read_text()
+
+
 def test_progress_counts_every_byte_and_ends_at_the_total(source: Tuned, tmp_path: Path) -> None:
     told: list[tuple[int, int]] = []
     (tmp_path / "out").mkdir()

@@ -156,6 +156,16 @@ def test_a_repository_that_is_there_keeps_its_files_its_history_and_who_may_see_
     assert repository.files["notes.txt"] == b"mine" and holds(hub, second)
 
 
+@pytest.mark.parametrize("there", ["adapter_config.json", "model.safetensors.index.json"])
+def test_a_repository_whose_own_files_would_be_loaded_instead_is_refused_before_anything_is_sent(
+    there: str, tmp_path: Path, hub: UploadHub
+) -> None:
+    hub.models["someone/bot"] = Model(True, [{there: b"{}"}])
+    error = Attempt(model(tmp_path / "export"), TOKEN).refused("hf://someone/bot")
+    assert there in error.message and not error.retryable
+    assert hub.sent == 0 and len(hub.models["someone/bot"].commits) == 1
+
+
 def test_the_same_export_again_makes_no_second_commit(tmp_path: Path, hub: UploadHub) -> None:
     copied = model(tmp_path / "export")
     uri = Attempt(copied, TOKEN).to("hf://someone/bot")

@@ -84,8 +84,7 @@ def _make(
     check()
     proof = export_proof_pb2.ExportProof()
     if proven:
-        rows, cache = task.export.proof_dataset, Path(task.cache_dir)
-        proof = prove(tuned, folder, task.spec.export, rows, cache, reporter, check)
+        proof = prove(tuned, folder, task.spec.export, task.export.proof_dataset, reporter, check)
         reporter.report(event_pb2.ExportProven(proof=proof), durable=True)
         if not proof.passed:
             raise _not_equal(proof)

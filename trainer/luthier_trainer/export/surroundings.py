@@ -63,6 +63,7 @@ def write_config(
     settings["architectures"] = [architecture]
     settings["dtype"] = str(dtype).removeprefix("torch.")
     settings.pop("_name_or_path", None)
+    settings.pop("auto_map", None)  # the classes are transformers' own, and nobody shall be led to foreign code
     _write(folder / CONFIG, settings)
 
 

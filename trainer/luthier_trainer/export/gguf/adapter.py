@@ -139,6 +139,8 @@ def _pairs(config: PretrainedConfig, stored: Mapping[str, Stored]) -> list[_Pair
             raise _unsupported(f"its adapter lacks {b}")
     shapes = {source: (stored[b].shape[0], stored[a].shape[1]) for source, (a, b) in sources.items()}
     planned = [each for each in plan(config, shapes) if each.source]
+    if config.tie_word_embeddings and any(each.name == "output.weight" for each in planned):
+        raise _unsupported("it changes the head, and a GGUF of its base has none but its embeddings")
     return [_Pair(each, *sources[each.source]) for each in planned]
 
 

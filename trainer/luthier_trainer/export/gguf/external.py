@@ -70,12 +70,12 @@ def convert(
     check: Check,
     seconds: float = _SECONDS,
 ) -> None:
-    """Merges the model into a folder beside `folder`, and has llama.cpp's converter make a file of it. Raises
-    TrainingError EXPORT_UNSUPPORTED with the end of what the converter said, and what `check` raises."""
+    """Merges the model into a folder within `folder`, which goes again, and has llama.cpp's converter make a file.
+    Raises TrainingError EXPORT_UNSUPPORTED with the end of what the converter said, and what `check` raises."""
     require_external(llama_cpp, options)
     kind = _TYPES[options.type]
     path = folder / file_name(options.type)
-    with tempfile.TemporaryDirectory(dir=folder.parent) as temporary:
+    with tempfile.TemporaryDirectory(dir=folder) as temporary:
         merged = Path(temporary) / "merged"
         merged.mkdir()
         weights = WEIGHT_TYPE_BF16 if options.type == GGUF_TYPE_BF16 else WEIGHT_TYPE_F16

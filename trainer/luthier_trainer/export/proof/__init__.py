@@ -41,12 +41,11 @@ def prove(
     exported: Path,
     export: ExportTask,
     dataset: DatasetSource,
-    cache: Path,
     reporter: Reporter,
     check: Check,
 ) -> ExportProof:
     """Compares the export in the directory `exported` with the tuned model; the proof tells whether it passed, and of
-    each check that did not the first difference. Leaves nothing in `cache`.
+    each check that did not the first difference. Leaves nothing beside what is there.
 
     Reports PhaseProgressed, PHASE_PROVING, by rows: each counts for the tuned model and for the export. Raises
     TrainingError: EXPORT_NOT_EQUAL when the export cannot be loaded, PROOF_IMPOSSIBLE without rows to compare or
@@ -64,7 +63,7 @@ def prove(
         reference.vocabulary,
     )
     try:
-        with _loaded(tuned, exported, export, reference, cache, check) as (loader, artefact):
+        with _loaded(tuned, exported, export, reference, check) as (loader, artefact):
             checks = _words(reference, artefact, export)
             found: list[Judged] = []
             answers: list[Judged] = []
@@ -78,7 +77,7 @@ def prove(
     except NotLoaded as error:
         raise TrainingError(
             "EXPORT_NOT_EQUAL",
-            f"The export cannot be used as it was meant: {error}.",
+            f"The export cannot be used as it was meant: {_without_paths(str(error), exported, tuned.base)}.",
             "This is a fault of the export and not of the model; nothing of it was kept.",
         ) from error
     checks += compare.numbers(reference, found, answers, ends, limits)
@@ -91,6 +90,13 @@ def prove(
         tokens=reference.tokens,
         dataset_id=dataset.id,
     )
+
+
+def _without_paths(text: str, *folders: Path) -> str:
+    """What libraries say of a file, without where this server keeps it."""
+    for each in folders:
+        text = text.replace(f"{each}/", "").replace(str(each), "it")
+    return text
 
 
 def _reads(artefact: Artefact, row: ProofRow, answer: Continuation) -> Judged:
@@ -133,7 +139,7 @@ def _words(reference: Reference, artefact: Artefact, export: ExportTask) -> list
 
 @contextlib.contextmanager
 def _loaded(
-    tuned: Tuned, exported: Path, export: ExportTask, reference: Reference, cache: Path, check: Check
+    tuned: Tuned, exported: Path, export: ExportTask, reference: Reference, check: Check
 ) -> Iterator[tuple[Loader, Artefact]]:
     """The export in what will load it. Each loader is imported where it is used: PEFT's proof needs no llama.cpp."""
     match export.WhichOneof("format"):
@@ -145,15 +151,16 @@ def _loaded(
         case "merged":
             from luthier_trainer.export.proof.loaders import whole
 
-            with whole.load(exported) as artefact:
+            with whole.load(exported, tuned.base) as artefact:
                 yield whole.LOADER, artefact
         case "gguf":
             from luthier_trainer.export.proof.loaders import llama
 
-            with _gguf_files(tuned, exported, export.gguf, cache, check) as (file, adapter):
+            with _gguf_files(tuned, exported, export.gguf, check) as (file, adapter):
                 # llama.cpp's threads wait by spinning: no more of them than torch was given.
                 threads = torch.get_num_threads()
-                with llama.load(file, adapter, longest=reference.longest, threads=threads) as artefact:
+                longest = reference.longest
+                with llama.load(file, adapter, base=tuned.base, longest=longest, threads=threads) as artefact:
                     yield llama.loader(), artefact
         case other:
             raise ValueError(f"an export of format {other}")
@@ -161,17 +168,17 @@ def _loaded(
 
 @contextlib.contextmanager
 def _gguf_files(
-    tuned: Tuned, exported: Path, options: GgufExport, cache: Path, check: Callable[[], None]
+    tuned: Tuned, exported: Path, options: GgufExport, check: Callable[[], None]
 ) -> Iterator[tuple[Path, Path | None]]:
-    """The file, and the adapter's on top. For an adapter alone its base is written as GGUF, and deleted afterwards."""
+    """The file, and the adapter's on top. For an adapter alone its base is written as GGUF, and deleted afterwards; it
+    lies in the export's own folder, with which it goes when nobody comes to delete it."""
     own = _only_gguf(exported)
     if not options.adapter_only:
         yield own, None
         return
     from luthier_trainer.export import gguf
 
-    cache.mkdir(parents=True, exist_ok=True)
-    with tempfile.TemporaryDirectory(prefix="proof-", dir=cache) as folder:
+    with tempfile.TemporaryDirectory(prefix=".proof-", dir=exported) as folder:
         base = Tuned(directory=tuned.directory, base=tuned.base, adapter=None, name=tuned.name)
         gguf.write(base, GgufExport(), Path(folder), lambda _done, _total: None, check)
         yield _only_gguf(Path(folder)), own

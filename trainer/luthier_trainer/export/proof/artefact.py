@@ -1,6 +1,6 @@
 """What the proof asks of an export that is loaded."""
 
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from typing import Protocol
 
@@ -26,6 +26,10 @@ class Artefact(Computes, Protocol):
     @property
     def ends(self) -> frozenset[int]:
         """The tokens at which generation stops, by the export's own files."""
+
+    @property
+    def special(self) -> Mapping[str, int | None]:
+        """The tokens that the export's tokenizer names for a purpose, as far as the form tells them apart."""
 
     def tokenise(self, text: str, *, special: bool) -> list[int]:
         """The text's tokens; with `special` also those that the tokenizer adds by itself."""

@@ -16,6 +16,8 @@ def shake(model: PreTrainedModel, size: float) -> None:
         if weight.ndim < 2:
             continue
         flat = weight.data.view(-1, weight.shape[-1])
-        for part in torch.split(flat, max(_AT_ONCE // flat.shape[1], 1)):
+        at_once = max(_AT_ONCE // flat.shape[1], 1)
+        for start in range(0, len(flat), at_once):
+            part = flat[start : start + at_once]
             scale = part.pow(2).mean(1, keepdim=True).sqrt() * size
             part += torch.randn(part.shape, generator=draw, dtype=part.dtype) * scale

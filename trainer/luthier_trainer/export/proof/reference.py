@@ -1,6 +1,6 @@
 """What the tuned model itself says, computed as training computed it and from nothing that an export wrote."""
 
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
 
 import numpy as np
@@ -13,7 +13,7 @@ from luthier_trainer.config import LoraSettings
 from luthier_trainer.data.masks.masking import Masking
 from luthier_trainer.data.masks.template import Template, template_of
 from luthier_trainer.export.proof.greedy import greedy
-from luthier_trainer.export.proof.loaders.computing import Computing, generation_ends
+from luthier_trainer.export.proof.loaders.computing import Computing, generation_ends, special_tokens
 from luthier_trainer.export.proof.measure import MOST_NEW_TOKENS, Continuation, Judged, Standing, judged, standing
 from luthier_trainer.export.proof.noise import shake
 from luthier_trainer.export.proof.rows import MOST_TOKENS, ProofRow, read_rows
@@ -32,8 +32,8 @@ class Reference:
 
     standings, continuations: of each row, of its scored positions and to its prompt; shaken: what it thinks of the same
     positions with noise on its weights, where that was asked for; hard: the tokens of HARD_TEXTS, without and with what
-    the tokenizer adds; ends: at which its answers end; longest: tokens that it takes; name_of: a token's text, for
-    people.
+    the tokenizer adds; special: the tokens that the tokenizer names for a purpose; ends: at which its answers end;
+    longest: tokens that it takes; name_of: a token's text, for people.
     """
 
     rows: tuple[ProofRow, ...]
@@ -41,6 +41,7 @@ class Reference:
     shaken: tuple[Judged, ...]
     continuations: tuple[Continuation, ...]
     hard: tuple[tuple[list[int], list[int]], ...]
+    special: Mapping[str, int | None]
     template: Template
     ends: frozenset[int]
     longest: int
@@ -122,6 +123,7 @@ def ask(
         shaken=tuple(shaken),
         continuations=tuple(continuations),
         hard=tuple(hard),
+        special=special_tokens(tokenizer),
         template=template,
         ends=ends,
         longest=longest,

@@ -1,8 +1,11 @@
-"""Texts that tokenizers get wrong when they are rewritten in another form."""
+"""Texts that tokenizers get wrong when they are rewritten in another form, and conversations that templates may."""
 
 # ruff: noqa: RUF001 (characters that look like others are the point)
 
 import unicodedata
+from typing import Any
+
+from luthier_trainer.data.records import Message, Passage, ToolCall
 
 HARD_TEXTS = (
     "",
@@ -44,6 +47,35 @@ HARD_TEXTS = (
 )
 """Empty and blank texts, runs of spaces, lines and tabs, digits, contractions, code, accents composed and not, other
 scripts, emoji of several code points, odd spaces, control characters, and what looks like special tokens."""
+
+_ASKS: Message = {"role": "user", "content": " What time is it? "}
+_RULE: Message = {"role": "system", "content": "Be brief.\n"}
+_SAYS: Message = {"role": "assistant", "content": "<think>\nLook.\n</think>\n\nIt is noon."}
+_CALL: ToolCall = {
+    "id": "call12345",
+    "type": "function",
+    "function": {"name": "clock", "arguments": {"zone": "Europe/Zurich"}},
+}
+_CALLS: Message = {"role": "assistant", "content": "", "tool_calls": [_CALL]}
+_RESULT: Message = {"role": "tool", "name": "clock", "tool_call_id": "call12345", "content": "12:00"}
+_CLOCK: dict[str, Any] = {
+    "type": "function",
+    "function": {
+        "name": "clock",
+        "description": "Tells the time.",
+        "parameters": {"type": "object", "properties": {"zone": {"type": "string"}}, "required": ["zone"]},
+    },
+}
+
+HARD_CONVERSATIONS = {
+    "a question": Passage(messages=[_ASKS], to_answer=True),
+    "a question after a system turn": Passage(messages=[_RULE, _ASKS], to_answer=True),
+    "a second question": Passage(messages=[_ASKS, _SAYS, _ASKS], to_answer=True),
+    "a conversation with a system turn": Passage(messages=[_RULE, _ASKS, _SAYS, _ASKS, _SAYS]),
+    "a question with a tool": Passage(messages=[_ASKS], tools=(_CLOCK,), to_answer=True),
+    "a tool's result": Passage(messages=[_RULE, _ASKS, _CALLS, _RESULT], tools=(_CLOCK,), to_answer=True),
+}
+"""What the rows may have none of: system turns, several turns, reasoning, tools, calls and their results."""
 
 
 def has_variants(text: str) -> bool:

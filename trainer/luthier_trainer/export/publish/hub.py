@@ -2,7 +2,8 @@
 
 Large files go up one by one before the commit; those that the hub has already, from an attempt that broke off, are not
 sent again. A repository that is not there yet is made private unless the export asks for a public one; one that is
-there stays as it is, keeps its other files, and its history. After the commit, the hub's own record of each file
+there stays as it is, keeps its other files, and its history; one of its files that would be loaded in place of the
+export's refuses the export. After the commit, the hub's own record of each file
 (SHA-256 of a large one, git's hash of a small one) is compared with what was proven.
 
 The token is the secret's alone. `huggingface_hub` sends files over HTTP when it is given open files, as here, so that
@@ -31,6 +32,11 @@ if TYPE_CHECKING:
 ENDPOINT = "https://huggingface.co"
 _CHUNK = 1 << 20
 _PATHS = 500  # the hub tells of so many files at once
+_TAKEN_INSTEAD = {
+    "model.safetensors": ("model.safetensors.index.json", "adapter_config.json"),
+    "model.safetensors.index.json": ("model.safetensors", "adapter_config.json"),
+}
+"""Files of an export, and what transformers or other loaders take in their place where it lies beside them."""
 
 
 def publish(
@@ -59,6 +65,7 @@ def _perform(api: "HfApi", place: Repository, contents: Contents, public: bool, 
 
     check()
     api.create_repo(place.id, repo_type="model", private=not public, exist_ok=True)
+    _require_alone(api, place, contents)
     with contextlib.ExitStack() as files:
         operations: list[CommitOperationAdd] = []
         for file in contents.files:
@@ -80,6 +87,17 @@ def _perform(api: "HfApi", place: Repository, contents: Contents, public: bool, 
         )
     _verify(api, place, contents, commit.oid, check)
     return f"{place}@{commit.oid}"
+
+
+def _require_alone(api: "HfApi", place: Repository, contents: Contents) -> None:
+    """Raises TrainingError for a repository with a file that would be loaded instead of the export."""
+    own = {file.path for file in contents.files}
+    instead = sorted({each for path in own for each in _TAKEN_INSTEAD.get(path, ())} - own)
+    found = api.get_paths_info(place.id, instead, repo_type="model") if instead else []
+    if found:
+        message = f"{place} has a {found[0].path}, which would be loaded in place of what is exported."
+        hint = "Name another repository, or delete that file there first."
+        raise TrainingError("DESTINATION_FAILED", message, hint)
 
 
 def _verify(api: "HfApi", place: Repository, contents: Contents, commit: str, check: Check) -> None:

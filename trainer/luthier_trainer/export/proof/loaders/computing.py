@@ -1,7 +1,7 @@
 """A model of transformers, as the proof asks it."""
 
 import inspect
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from pathlib import Path
 
 import numpy as np
@@ -47,7 +47,7 @@ class Words:
             self._tokenizer: PreTrainedTokenizerBase = AutoTokenizer.from_pretrained(
                 folder, local_files_only=True, trust_remote_code=False
             )
-        except (OSError, ValueError, KeyError) as error:
+        except Exception as error:  # the library raises its errors as Exception itself
             raise NotLoaded(f"its tokenizer: {first_line(error)}") from error
 
     @property
@@ -55,6 +55,11 @@ class Words:
         """What the tokenizer calls the end; empty for none."""
         found = self._tokenizer.eos_token_id
         return frozenset() if found is None else frozenset({int(found)})
+
+    @property
+    def special(self) -> Mapping[str, int | None]:
+        """As `Artefact.special`."""
+        return special_tokens(self._tokenizer)
 
     def tokenise(self, text: str, *, special: bool) -> list[int]:
         """As `Artefact.tokenise`."""
@@ -84,6 +89,11 @@ class TorchArtefact(Computing):
         """The tokens at which its `generate` stops."""
         return self._ends
 
+    @property
+    def special(self) -> Mapping[str, int | None]:
+        """As `Artefact.special`."""
+        return self._words.special
+
     def tokenise(self, text: str, *, special: bool) -> list[int]:
         """As `Artefact.tokenise`."""
         return self._words.tokenise(text, special=special)
@@ -95,6 +105,11 @@ class TorchArtefact(Computing):
     def template(self, like: Template) -> Template:
         """As `Artefact.template`."""
         return self._words.template(like)
+
+
+def special_tokens(tokenizer: PreTrainedTokenizerBase) -> Mapping[str, int | None]:
+    """The tokens that programs ask a tokenizer for, by its names of them."""
+    return {name: getattr(tokenizer, f"{name}_id", None) for name in ("bos_token", "eos_token", "pad_token")}
 
 
 def generation_ends(model: PreTrainedModel) -> frozenset[int]:

@@ -3,7 +3,7 @@
 import contextlib
 import ctypes
 import importlib.metadata
-from collections.abc import Iterator, Sequence
+from collections.abc import Iterator, Mapping, Sequence
 from ctypes import byref, c_float, c_int8, c_int32, c_void_p
 from dataclasses import replace
 from pathlib import Path
@@ -12,8 +12,16 @@ import numpy as np
 
 from luthier_trainer.data.masks.template import Template
 from luthier_trainer.export.proof.artefact import Artefact, Floats, Loader, NotLoaded
-from luthier_trainer.export.proof.loaders import llama_library
-from luthier_trainer.export.proof.loaders.llama_library import F32, Batch, ContextParams, ModelParams
+from luthier_trainer.export.proof.loaders.llama_interface import (
+    F32,
+    Batch,
+    ContextParams,
+    ModelParams,
+    last_error,
+    llama_cpp,
+    unknown_interface,
+)
+from luthier_trainer.export.proof.settings import require_same_metadata
 from luthier_trainer.export.proof.texts import has_variants
 
 _BATCH = 128
@@ -24,7 +32,7 @@ _MOST_METADATA = 1 << 20
 
 def loader() -> Loader:
     """xllamacpp's llama.cpp. Raises TrainingError PROOF_IMPOSSIBLE."""
-    llama_library.library()
+    llama_cpp()
     return Loader("llama.cpp", f"xllamacpp {importlib.metadata.version('xllamacpp')}")
 
 
@@ -42,9 +50,14 @@ class _Gguf:
     @property
     def ends(self) -> frozenset[int]:
         """What the file's metadata names an end, and llama.cpp stops at."""
-        named = [self._metadata(f"tokenizer.ggml.{key}") for key in _END_KEYS]
+        named = [self.metadata(f"tokenizer.ggml.{key}") for key in _END_KEYS]
         ids = {int(each) for each in named if each and each.isdecimal()}
         return frozenset(each for each in ids if self._library.llama_vocab_is_eog(self._vocab, each))
+
+    @property
+    def special(self) -> Mapping[str, int | None]:
+        """None: a file has an `eos` or a `bos` for other reasons too, and `ends` tells where llama.cpp stops."""
+        return {}
 
     def tokenise(self, text: str, *, special: bool) -> list[int]:
         """As `Artefact.tokenise`; text that looks like a special token is one, as a rendered conversation needs."""
@@ -57,8 +70,8 @@ class _Gguf:
         return list(ids[:count])
 
     def knows(self, text: str) -> bool:
-        """llama.cpp normalises no Unicode, as some tokenizers do first, and some of its rules for cutting words take no
-        notice of combining marks: no file makes it cut such texts otherwise."""
+        """llama.cpp composes no letters with their marks, as some tokenizers do first, and some of its rules for
+        cutting words take no notice of marks: with no file does it cut those texts otherwise."""
         return not has_variants(text)
 
     def template(self, like: Template) -> Template:
@@ -70,7 +83,7 @@ class _Gguf:
         ):
             if name in variables and token >= 0:
                 variables[name] = (self._library.llama_vocab_get_text(self._vocab, token) or b"").decode()
-        return replace(like, source=self._metadata("tokenizer.chat_template") or "", variables=variables, name="")
+        return replace(like, source=self.metadata("tokenizer.chat_template") or "", variables=variables, name="")
 
     def logits(self, ids: Sequence[int], positions: Sequence[int]) -> Floats:
         """[positions, vocabulary], in batches that see what came before."""
@@ -100,7 +113,7 @@ class _Gguf:
             outputs[each] = 1
         status = self._library.llama_decode(self._context, Batch(count, tokens, None, places, None, None, outputs))
         if status != 0:
-            raise NotLoaded(f"llama.cpp does not compute: {llama_library.why()} ({status})")
+            raise NotLoaded(f"llama.cpp does not compute: {last_error()} ({status})")
         self._length += count
 
     def _at(self, place: int) -> Floats:
@@ -110,7 +123,7 @@ class _Gguf:
         found: Floats = np.ctypeslib.as_array(pointer, (self._width,)).copy()
         return found if np.isfinite(found).all() else np.nan_to_num(found, nan=-1e30, posinf=1e30, neginf=-1e30)
 
-    def _metadata(self, key: str) -> str:
+    def metadata(self, key: str) -> str:
         """The file's own value of a key; empty where it has none."""
         buffer = ctypes.create_string_buffer(_MOST_METADATA)
         length = self._library.llama_model_meta_val_str(self._model, key.encode(), buffer, len(buffer))
@@ -118,14 +131,15 @@ class _Gguf:
 
 
 @contextlib.contextmanager
-def load(file: Path, adapter: Path | None, *, longest: int, threads: int) -> Iterator[Artefact]:
-    """A GGUF file's model, with a GGUF adapter on it if there is one; texts have `longest` tokens at most.
+def load(file: Path, adapter: Path | None, *, base: Path, longest: int, threads: int) -> Iterator[Artefact]:
+    """A GGUF file's model, with a GGUF adapter on it if there is one; texts have `longest` tokens at most. `base`:
+    whose configuration the file must tell.
 
     It computes on the CPU, attends to keys and values in 32 bits, and does not repack the weights: what differs is what
     is in the file, and rounding of llama.cpp's own, which multiplies weights of 16 and fewer bits with activations as
     narrow. Raises NotLoaded, and TrainingError PROOF_IMPOSSIBLE.
     """
-    library = llama_library.library()
+    library = llama_cpp()
     with contextlib.ExitStack() as stack:
         settings: ModelParams = library.llama_model_default_params()
         settings.n_gpu_layers = 0
@@ -142,16 +156,18 @@ def load(file: Path, adapter: Path | None, *, longest: int, threads: int) -> Ite
         context = _opened(library.llama_init_from_model(model, wanted))
         stack.callback(library.llama_free, context)
         if library.llama_n_ctx(context) < longest or library.llama_n_threads(context) != threads:
-            raise llama_library.unknown("a context is not as it was asked for")
+            raise unknown_interface("a context is not as it was asked for")
         if adapter is not None:
             lora = _opened(library.llama_adapter_lora_init(model, str(adapter).encode()))  # freed with the model
             scale = c_float(1.0)
             if library.llama_set_adapters_lora(context, byref(c_void_p(lora)), 1, byref(scale)) != 0:
-                raise NotLoaded(f"llama.cpp does not take the adapter: {llama_library.why()}")
-        yield _Gguf(library, model, context)
+                raise NotLoaded(f"llama.cpp does not take the adapter: {last_error()}")
+        loaded = _Gguf(library, model, context)
+        require_same_metadata(base, loaded.metadata)
+        yield loaded
 
 
 def _opened(handle: int | None) -> int:
     if not handle:
-        raise NotLoaded(f"llama.cpp refuses it: {llama_library.why()}")
+        raise NotLoaded(f"llama.cpp refuses it: {last_error()}")
     return handle

@@ -24,9 +24,9 @@ def load(exported: Path, base: Path) -> Iterator[Artefact]:
     none, those of the base. Raises NotLoaded."""
     words = Words(exported)
     plain = load_weights(base)
-    if (exported / "generation_config.json").is_file():
-        plain.generation_config = GenerationConfig.from_pretrained(exported, local_files_only=True)
     try:
+        if (exported / "generation_config.json").is_file():
+            plain.generation_config = GenerationConfig.from_pretrained(exported, local_files_only=True)
         with warnings.catch_warnings():
             # PEFT 0.21 on transformers 5.23.
             warnings.filterwarnings("ignore", message="`is_gradient_checkpointing` is deprecated")

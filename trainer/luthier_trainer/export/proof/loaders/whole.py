@@ -12,6 +12,7 @@ from transformers import AutoModelForCausalLM, PreTrainedModel
 
 from luthier_trainer.export.proof.artefact import Artefact, Loader, NotLoaded
 from luthier_trainer.export.proof.loaders.computing import TorchArtefact, Words, first_line, generation_ends
+from luthier_trainer.export.proof.settings import require_same_config
 from luthier_trainer.model import no_progress_bar
 from luthier_trainer.quantization import keep_differentiable
 
@@ -19,10 +20,11 @@ LOADER = Loader("transformers", transformers.__version__)
 
 
 @contextlib.contextmanager
-def load(exported: Path) -> Iterator[Artefact]:
+def load(exported: Path, base: Path) -> Iterator[Artefact]:
     """The model, computed in 32 bits whatever its weights are held in, so that what differs is the weights' rounding
-    alone. Raises NotLoaded."""
+    alone. `base`: whose configuration it must have. Raises NotLoaded."""
     words = Words(exported)
+    require_same_config(base, exported)
     model = load_weights(exported)
     yield TorchArtefact(model, words, generation_ends(model))
 

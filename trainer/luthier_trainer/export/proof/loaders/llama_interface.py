@@ -1,4 +1,4 @@
-"""llama.cpp's C interface (`llama.h`), as far as a proof needs it: the library inside xllamacpp.
+"""The C interface of llama.cpp (`llama.h`), in the library inside xllamacpp, as the proof calls it.
 
 xllamacpp's own Python classes are parameters and a server, which gives no log-probabilities of a prompt; the library
 beneath exports the whole interface. Its structures change with its versions: those used here are checked against the
@@ -14,11 +14,12 @@ from typing import Any
 
 from luthier_trainer.errors import TrainingError
 
-F32, _F16 = 0, 1
+F32, F16 = 0, 1
+"""ggml's numbers of two types."""
 
 
 class ModelParams(Structure):
-    """`llama_model_params`."""
+    """llama_model_params."""
 
     _fields_ = (
         ("devices", c_void_p),
@@ -43,7 +44,7 @@ class ModelParams(Structure):
 
 
 class ContextParams(Structure):
-    """`llama_context_params`."""
+    """llama_context_params."""
 
     _fields_ = (
         ("n_ctx", c_uint32),
@@ -77,7 +78,7 @@ class ContextParams(Structure):
 
 
 class Batch(Structure):
-    """`llama_batch`."""
+    """llama_batch."""
 
     _fields_ = (
         ("n_tokens", c_int32),
@@ -104,8 +105,8 @@ _CONTEXT_DEFAULTS = {
     "rope_freq_scale": 0.0,
     "yarn_ext_factor": -1.0,
     "yarn_orig_ctx": 0,
-    "type_k": _F16,
-    "type_v": _F16,
+    "type_k": F16,
+    "type_v": F16,
 }
 _MODEL_DEFAULTS = {
     "devices": None,
@@ -135,8 +136,8 @@ _listener = _LOG(_listen)  # must outlive every call
 
 
 @cache
-def library() -> ctypes.CDLL:
-    """The library, ready. Raises TrainingError PROOF_IMPOSSIBLE without xllamacpp, or with another interface in it."""
+def llama_cpp() -> ctypes.CDLL:
+    """llama.cpp. Raises TrainingError PROOF_IMPOSSIBLE without xllamacpp, or with one whose interface is another."""
     found = importlib.util.find_spec("xllamacpp")
     folders = (found.submodule_search_locations if found else None) or []
     binaries = [each for folder in folders for each in sorted(Path(folder).glob("xllamacpp*.so"))]
@@ -146,26 +147,26 @@ def library() -> ctypes.CDLL:
             "A GGUF export is proven by llama.cpp, and xllamacpp is not installed beside the trainer.",
             "Install the trainer's extra there: pip install 'luthier-trainer[gguf]'.",
         )
-    opened = ctypes.CDLL(str(binaries[0]))
+    library = ctypes.CDLL(str(binaries[0]))
     try:
-        _declare(opened)
-        model, context = opened.llama_model_default_params(), opened.llama_context_default_params()
+        _declare(library)
+        model, context = library.llama_model_default_params(), library.llama_context_default_params()
     except AttributeError as error:
-        raise unknown(str(error)) from error
+        raise unknown_interface(str(error)) from error
     for given, known in ((context, _CONTEXT_DEFAULTS), (model, _MODEL_DEFAULTS)):
         for name, value in known.items():
             if getattr(given, name) != value:
-                raise unknown(f"{name} is {getattr(given, name)} by default and not {value}")
-    opened.llama_log_set(_listener, None)
-    opened.llama_backend_init()
-    return opened
+                raise unknown_interface(f"{name} is {getattr(given, name)} by default and not {value}")
+    library.llama_log_set(_listener, None)
+    library.llama_backend_init()
+    return library
 
 
-def unknown(reason: str) -> TrainingError:
-    """That the library is another than the one that is known."""
+def unknown_interface(why: str) -> TrainingError:
+    """The error of a llama.cpp that is not the one that is known here."""
     return TrainingError(
         "PROOF_IMPOSSIBLE",
-        f"The llama.cpp of this xllamacpp has another interface than the one that is known: {reason}.",
+        f"The llama.cpp of this xllamacpp has another interface than the one that is known: {why}.",
         "Install a version that the trainer's extra `gguf` names.",
     )
 
@@ -204,6 +205,6 @@ def _declare(library: ctypes.CDLL) -> None:
         function.restype, function.argtypes = result, arguments
 
 
-def why() -> str:
-    """What llama.cpp said last of what went wrong."""
+def last_error() -> str:
+    """What llama.cpp said last of an error."""
     return _said[-1] if _said else "it does not say why"
