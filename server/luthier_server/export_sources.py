@@ -33,6 +33,11 @@ class ExportSource:
     checkpoint: Checkpoint | None
     found: Found
 
+    @property
+    def parent(self) -> str:
+        """The `model_...` whose weights it cannot do without; empty for none."""
+        return self.base_model if not self.is_full and is_model_id(self.base_model) else ""
+
 
 class ExportSources:
     """Finds what an export names, and the base that this was made from."""
@@ -75,11 +80,19 @@ class ExportSources:
         """The id that a reference to a model means; one that is an id already need not exist. Raises NotFound."""
         return reference if is_model_id(reference) else (await self._references.model(tenant, reference)).id
 
+    async def root(self, tenant: str, source: ExportSource) -> ExportSource:
+        """Of models that were made from others the one whose base Luthier did not make, or that was tuned whole. Raises
+        NotFound for one that was deleted."""
+        while parent := source.parent:
+            try:
+                source = await self.find(tenant, parent)
+            except NotFound as error:
+                raise NotFound("model", parent, f"{source.name} goes on from it") from error
+        return source
+
     async def base(self, tenant: str, source: ExportSource) -> BaseModelSource:
-        """The model below the adapter: where models were made from others, the one below all their adapters. Of full
-        fine-tuning its own directory, which has all weights. Raises NotFound, InvalidArgument."""
-        while not source.is_full and is_model_id(source.base_model):
-            source = await self.find(tenant, source.base_model)
+        """The model below the adapter of a root. Of full fine-tuning its own directory, which has all weights. Raises
+        InvalidArgument."""
         if source.is_full:
             return BaseModelSource(location=str(source.directory))
         report = await self._registry.base(tenant, source.base_model)

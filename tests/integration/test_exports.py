@@ -345,8 +345,9 @@ def test_a_restarted_server_adopts_an_export_with_its_slot_and_sweeps_what_nobod
     daemon.kill()
     for name in ("export_01ARZ3NDEKTSV4RRFFQ69G5FAV", ".tmp-export_01ARZ3NDEKTSV4RRFFQ69G5FAV"):
         (daemon.data_dir / "exports" / name).mkdir()
+    (daemon.data_dir / "exports" / "lost+found").mkdir()
     daemon.start()
-    assert left(daemon) == [aside], "what nobody needs is swept, and nothing else"
+    assert left(daemon) == [aside, "lost+found"], "what nobody needs is swept, and nothing else"
     training, behind = daemon.create(), export(daemon, job.spec.export.model)
     runs(daemon, training)
     assert daemon.get(behind.id).state == JobState.JOB_STATE_QUEUED, "its slot is not given twice"
@@ -395,3 +396,30 @@ def test_the_secret_of_a_destination_is_written_nowhere(daemons: Start, tmp_path
     for path in daemon.data_dir.rglob("*"):
         if path.is_file() and not path.is_socket():
             assert secret.encode() not in path.read_bytes(), path
+
+
+def test_the_base_of_a_checkpoint_stays_while_that_is_exported_and_without_it_nothing_is(daemons: Start) -> None:
+    daemon = daemons(*SLOW)
+    daemon.upload()
+    base = tuned(daemon, hyperparameters=ONE_STEP)
+    tiny = Path(__file__).parents[2] / "trainer" / "luthier_trainer" / "builtin" / "tiny"
+    shutil.copytree(tiny, daemon.data_dir / "models" / base, dirs_exist_ok=True)
+    job = daemon.create(small(base_model=base, checkpoints=Checkpoints(every_steps=2)))
+    daemon.wait_for_step(job.id, 3)
+    cancel(daemon, job)
+    checkpoint = f"{job.id}:step-2"
+    exporting = export(daemon, checkpoint)
+    with pytest.raises(grpc.RpcError) as needed:
+        daemon.models.DeleteModel(md.DeleteModelRequest(model_id=base))
+    violations = details(needed.value)["PreconditionFailure"].violations
+    assert [(each.type, each.subject) for each in violations] == [("JOB", exporting.id)]
+    cancel(daemon, exporting)
+    daemon.models.DeleteModel(md.DeleteModelRequest(model_id=base))
+    with pytest.raises(grpc.RpcError) as gone:
+        export(daemon, checkpoint)
+    assert reason(gone.value) == "MODEL_NOT_FOUND"
+    assert [each.field for each in details(gone.value)["BadRequest"].field_violations] == ["export.model"]
+    with pytest.raises(grpc.RpcError) as alone:
+        daemon.models.RegisterModel(md.RegisterModelRequest(model_id=checkpoint, name="orphan"))
+    assert reason(alone.value) == "MODEL_NOT_FOUND"
+    assert os.listdir(daemon.data_dir / "models") == []
