@@ -50,6 +50,7 @@ class ExportSources:
     async def find(self, tenant: str, reference: str, linked: Path | None = None) -> ExportSource:
         """The model or checkpoint. linked: where the files of the checkpoint lie too, if they do: then its job may have
         pruned it. Raises NotFound."""
+        job = None
         if linked is not None and linked.is_dir():
             job = await self._jobs.get(tenant, reference.partition(":")[0])
             noted = await self._jobs.noted_checkpoint(tenant, reference)
@@ -61,14 +62,17 @@ class ExportSources:
         task = found.resolved_spec.fine_tune if found.resolved_spec is not None else FineTuneTask()
         model = found.model
         if model is None:
+            job = job or await self._jobs.get(tenant, found.job_id)
+            revision = await self._references.trained_revision(tenant, job)
             proofs = (task.validation_dataset, task.training_dataset)
         else:
+            revision = model.base_model_revision
             proofs = (model.validation_dataset, model.training_dataset)
         return ExportSource(
             name=found.name,
             directory=found.directory.resolve(),
             base_model=task.base_model if model is None else model.base_model,
-            base_model_revision=task.base_model_revision if model is None else model.base_model_revision,
+            base_model_revision=revision,
             is_full=task.HasField("full") if model is None else model.adaptation == "full",
             datasets=tuple(each for each in proofs if each),
             hub_token_secret=task.hub_token_secret,

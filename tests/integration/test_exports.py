@@ -2,6 +2,7 @@
 
 import os
 import shutil
+import sqlite3
 import uuid
 from collections.abc import Callable, Iterator
 from pathlib import Path
@@ -11,6 +12,7 @@ import grpc
 import pytest
 from daemon import Daemon, dense, details, kinds, puppet, reason, small, until
 
+from luthier.trainer.v1.task_pb2 import TrainerTask
 from luthier.v1 import fine_tuning_pb2 as ft
 from luthier.v1 import models_pb2 as md
 from luthier.v1.export_pb2 import Export
@@ -131,6 +133,17 @@ def _dataset(name: str) -> Any:
     from luthier.v1.datasets_pb2 import GetDatasetRequest
 
     return GetDatasetRequest(dataset=name)
+
+
+def test_a_checkpoint_is_exported_over_the_commit_of_its_base_that_its_job_was_trained_on(daemon: Daemon) -> None:
+    job = daemon.wait(daemon.create(small(base_model="somebody/model", checkpoints=Checkpoints(every_steps=1))).id)
+    commit = "0123456789abcdef0123456789abcdef01234567"
+    with sqlite3.connect(daemon.data_dir / "luthier.db") as database:  # as a trainer that knows a hub reports it
+        database.execute("UPDATE models SET base_model_revision = ? WHERE id = ?", (commit, job.model_id))
+    exporting = daemon.wait(export(daemon, f"{job.id}:step-1").id)
+    task = (daemon.data_dir / "jobs" / exporting.id / "attempt-1" / "task.binpb").read_bytes()
+    source = TrainerTask.FromString(task).base_model
+    assert (source.is_hub, source.location, source.revision) == (True, "somebody/model", commit)
 
 
 def test_a_request_makes_one_export_however_often_it_is_sent(daemon: Daemon, model: str) -> None:
