@@ -140,5 +140,5 @@ class Assignments:
 def _card_form(task: ExportTask) -> Form:
     """What will lie beside the card."""
     if task.HasField("gguf"):
-        return Form.GGUF
+        return Form.GGUF_ADAPTER if task.gguf.adapter_only else Form.GGUF
     return Form.ADAPTER if task.HasField("adapter") else Form.WHOLE
