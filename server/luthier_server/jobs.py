@@ -106,6 +106,7 @@ class Jobs:
                 found.dataset_ids,
                 found.reasons,
                 model_id=base_model if is_model_id(base_model := found.spec.fine_tune.base_model) else "",
+                checkpoint_of=source.job_id if source else "",
                 link=functools.partial(self._take_origin, source) if source else None,
             )
 
