@@ -92,7 +92,9 @@ class AsyncModelMethods:
         A model that is a version of it already stays that one. Raises NotFound, InvalidSpec.
         """
         request = RegisterModelRequest(model_id=model, name=name)
-        response: RegisterModelResponse = await self._connection.unary(self._connection.models.RegisterModel, request)
+        method = self._connection.models.RegisterModel
+        # A checkpoint is hashed whole, and may have to be copied.
+        response: RegisterModelResponse = await self._connection.unary(method, request, limited=False)
         return response.version
 
     async def list_model_names(self, *, prefix: str = "", page_size: int = 0) -> AsyncIterator[ModelName]:

@@ -116,7 +116,8 @@ class Assignments:
             await self._jobs.link(source.checkpoint, linked)
         proof = await self._datasets.find(job.tenant, spec.proof_dataset)
         llama_cpp, roots = self._settings.llama_cpp_dir, self._settings.export_roots
-        task.base_model.CopyFrom(await self._sources.base(job.tenant, source))
+        root = await self._sources.root(job.tenant, source)
+        task.base_model.CopyFrom(await self._sources.base(job.tenant, root))
         task.export.CopyFrom(
             ExportWork(
                 model_dir=str(source.directory if source.checkpoint is None else linked.resolve()),
@@ -130,14 +131,14 @@ class Assignments:
             )
         )
         secrets = destinations.credentials(spec.destination, self._secrets)
-        if task.base_model.is_hub and source.hub_token_secret:
+        if task.base_model.is_hub and root.hub_token_secret:
             with contextlib.suppress(NotFound):  # the base may be here already
-                secrets["HF_TOKEN"] = self._secrets.value(source.hub_token_secret)
+                secrets["HF_TOKEN"] = self._secrets.value(root.hub_token_secret)
         return secrets
 
 
 def _card_form(task: ExportTask) -> Form:
     """What will lie beside the card."""
     if task.HasField("gguf"):
-        return Form.GGUF
+        return Form.GGUF_ADAPTER if task.gguf.adapter_only else Form.GGUF
     return Form.ADAPTER if task.HasField("adapter") else Form.WHOLE

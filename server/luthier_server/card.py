@@ -28,6 +28,10 @@ class Form(StrEnum):
     ADAPTER = "adapter"
     WHOLE = "whole"
     GGUF = "gguf"
+    GGUF_ADAPTER = "gguf adapter"
+
+
+_ADAPTERS = frozenset({Form.ADAPTER, Form.GGUF_ADAPTER})
 
 
 @dataclass(frozen=True, slots=True)
@@ -118,7 +122,7 @@ def _metadata(subject: Subject, form: Form) -> Iterator[str]:
     yield "---"
     if base:
         yield f"base_model: {quoted(base)}"
-        yield f"base_model_relation: {'adapter' if form == Form.ADAPTER else 'finetune'}"
+        yield f"base_model_relation: {'adapter' if form in _ADAPTERS else 'finetune'}"
     yield f"library_name: {_library(form)}"
     if licence := subject.model.base_licence.lower():
         if licence in HUB_LICENCES:
@@ -136,7 +140,7 @@ def _metadata(subject: Subject, form: Form) -> Iterator[str]:
 
 
 def _library(form: Form) -> str:
-    return {Form.ADAPTER: "peft", Form.WHOLE: "transformers", Form.GGUF: "gguf"}[form]
+    return {Form.ADAPTER: "peft", Form.WHOLE: "transformers"}.get(form, "gguf")
 
 
 def _is_full(subject: Subject) -> bool:
@@ -177,7 +181,7 @@ def _introduction(subject: Subject, form: Form) -> Iterator[str]:
     else:
         rank = f" of rank {task.lora.rank}" if task is not None and task.lora.rank else ""
         what = f"A LoRA adapter{rank} for {named}"
-        if form != Form.ADAPTER:
+        if form not in _ADAPTERS:
             what = f"{named} with a LoRA adapter{rank} merged into it"
     yield f"{what}, fine-tuned with Luthier."
     if model.description:
@@ -187,6 +191,12 @@ def _introduction(subject: Subject, form: Form) -> Iterator[str]:
 
 def _use(subject: Subject, form: Form) -> Iterator[str]:
     yield from ("", "## Use", "")
+    if form == Form.GGUF_ADAPTER:
+        yield (
+            "With a GGUF of its base: llama.cpp (`llama-cli -m BASE.gguf --lora FILE.gguf`), or Ollama by the Modelfile"
+            " beside it, once that names the base (`ollama create`)."
+        )
+        return
     if form == Form.GGUF:
         yield "With llama.cpp (`llama-cli -m FILE.gguf`), or with Ollama by the Modelfile beside it (`ollama create`)."
         return

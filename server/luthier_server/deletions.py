@@ -38,12 +38,17 @@ async def children(transaction: Transaction, tenant: str, model_id: str) -> Sequ
 
 
 async def jobs(transaction: Transaction, tenant: str, model_id: str) -> Sequence[Obstacle]:
-    """The jobs that go on from a model or export it, and have not ended: one that is paused will need it again."""
+    """The jobs that go on from a model, export it or export a checkpoint of a job that goes on from it, and have not
+    ended: one that is paused will need it again."""
     ended = tuple(TERMINAL)
     found = await transaction.fetch(
-        f"SELECT id FROM jobs WHERE tenant = ? AND state NOT IN ({', '.join('?' * len(ended))})"
-        " AND ? IN (json_extract(resolved_spec, '$.fineTune.baseModel'), json_extract(resolved_spec, '$.export.model'))"
-        " ORDER BY id LIMIT 20",
+        "WITH living AS (SELECT id, json_extract(resolved_spec, '$.fineTune.baseModel') AS base,"
+        " json_extract(resolved_spec, '$.export.model') AS exported FROM jobs"
+        f" WHERE tenant = ? AND state NOT IN ({', '.join('?' * len(ended))}))"
+        " SELECT living.id FROM living LEFT JOIN jobs AS tuned"
+        " ON tuned.id = substr(exported, 1, instr(exported, ':') - 1)"
+        " WHERE ? IN (base, exported, json_extract(tuned.resolved_spec, '$.fineTune.baseModel'))"
+        " ORDER BY living.id LIMIT 20",
         (tenant, *ended, model_id),
     )
     return [Obstacle("JOB", row["id"], f"{row['id']} needs it: wait for it, or cancel it") for row in found]

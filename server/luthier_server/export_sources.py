@@ -33,6 +33,11 @@ class ExportSource:
     checkpoint: Checkpoint | None
     found: Found
 
+    @property
+    def parent(self) -> str:
+        """The `model_...` whose weights it cannot do without; empty for none."""
+        return self.base_model if not self.is_full and is_model_id(self.base_model) else ""
+
 
 class ExportSources:
     """Finds what an export names, and the base that this was made from."""
@@ -45,6 +50,7 @@ class ExportSources:
     async def find(self, tenant: str, reference: str, linked: Path | None = None) -> ExportSource:
         """The model or checkpoint. linked: where the files of the checkpoint lie too, if they do: then its job may have
         pruned it. Raises NotFound."""
+        job = None
         if linked is not None and linked.is_dir():
             job = await self._jobs.get(tenant, reference.partition(":")[0])
             noted = await self._jobs.noted_checkpoint(tenant, reference)
@@ -56,14 +62,17 @@ class ExportSources:
         task = found.resolved_spec.fine_tune if found.resolved_spec is not None else FineTuneTask()
         model = found.model
         if model is None:
+            job = job or await self._jobs.get(tenant, found.job_id)
+            revision = await self._references.trained_revision(tenant, job)
             proofs = (task.validation_dataset, task.training_dataset)
         else:
+            revision = model.base_model_revision
             proofs = (model.validation_dataset, model.training_dataset)
         return ExportSource(
             name=found.name,
             directory=found.directory.resolve(),
             base_model=task.base_model if model is None else model.base_model,
-            base_model_revision=task.base_model_revision if model is None else model.base_model_revision,
+            base_model_revision=revision,
             is_full=task.HasField("full") if model is None else model.adaptation == "full",
             datasets=tuple(each for each in proofs if each),
             hub_token_secret=task.hub_token_secret,
@@ -75,11 +84,19 @@ class ExportSources:
         """The id that a reference to a model means; one that is an id already need not exist. Raises NotFound."""
         return reference if is_model_id(reference) else (await self._references.model(tenant, reference)).id
 
+    async def root(self, tenant: str, source: ExportSource) -> ExportSource:
+        """Of models that were made from others the one whose base Luthier did not make, or that was tuned whole. Raises
+        NotFound for one that was deleted."""
+        while parent := source.parent:
+            try:
+                source = await self.find(tenant, parent)
+            except NotFound as error:
+                raise NotFound("model", parent, f"{source.name} goes on from it") from error
+        return source
+
     async def base(self, tenant: str, source: ExportSource) -> BaseModelSource:
-        """The model below the adapter: where models were made from others, the one below all their adapters. Of full
-        fine-tuning its own directory, which has all weights. Raises NotFound, InvalidArgument."""
-        while not source.is_full and is_model_id(source.base_model):
-            source = await self.find(tenant, source.base_model)
+        """The model below the adapter of a root. Of full fine-tuning its own directory, which has all weights. Raises
+        InvalidArgument."""
         if source.is_full:
             return BaseModelSource(location=str(source.directory))
         report = await self._registry.base(tenant, source.base_model)

@@ -1,7 +1,9 @@
 """Exports: models in the form that others load. A job makes each; here they are asked for, found and deleted."""
 
 import asyncio
+import dataclasses
 import functools
+import re
 import shutil
 from collections.abc import Sequence
 from dataclasses import dataclass
@@ -27,6 +29,7 @@ from luthier_server.submission import Draft
 _PROOF_ROWS = 16
 _SHARD_BYTES = 5_000_000_000
 _RETRIES = 2
+_FOLDER = re.compile(r"(?:\.tmp-)?(?P<id>export_[0-9A-Z]{26})", re.ASCII)  # also one that is written aside
 
 
 @dataclass(frozen=True, slots=True)
@@ -106,7 +109,8 @@ class Exports:
         """Removes what no export and no attempt needs: leftovers of a server that ended between two steps."""
         known = await self._rows.ids()
         for left in await asyncio.to_thread(lambda: list(self._exports_dir.iterdir())):
-            if left.name.rpartition("-")[2] not in known:  # also what is written aside
+            match = _FOLDER.fullmatch(left.name)
+            if match is not None and match["id"] not in known:
                 await asyncio.to_thread(shutil.rmtree, left, ignore_errors=True)
         for job_id in await self._rows.ended_jobs():
             if (source := self._jobs.source_dir(job_id)).exists():
@@ -118,6 +122,7 @@ class Exports:
         source = None
         try:
             source = await self._sources.find(tenant, task.model)
+            await self._sources.root(tenant, source)
         except NotFound as error:
             refusals.append(_Refusal(Violation("export.model", error.message), error.reason))
         else:
@@ -137,15 +142,14 @@ class Exports:
                 [each.violation for each in refusals],
                 reason=first.reason,
             )
-        link = None
-        if source.checkpoint is not None:
-            link = functools.partial(self._keep_checkpoint, source.checkpoint)
-        return Draft(
-            resolved(spec, source.name, proof),
-            QUEUED,
-            [proof],
-            model_id="" if source.checkpoint is not None else source.name,
-            link=link,
+        draft = Draft(resolved(spec, source.name, proof), QUEUED, [proof], model_id=source.name)
+        if source.checkpoint is None:
+            return draft
+        return dataclasses.replace(
+            draft,
+            model_id=source.parent,
+            checkpoint_of=source.checkpoint.job_id,
+            link=functools.partial(self._keep_checkpoint, source.checkpoint),
         )
 
     async def _proof_dataset(

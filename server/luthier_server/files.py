@@ -2,6 +2,7 @@
 
 import asyncio
 import hashlib
+import stat
 from collections.abc import Iterable
 from dataclasses import dataclass
 from pathlib import Path
@@ -32,13 +33,17 @@ class Files:
         """Every file below a directory, in a stable order. Raises NotFound."""
         if not directory.is_dir():
             raise NotFound(kind, directory.name, "its files are gone")
-        return await asyncio.to_thread(self._below, directory)
+        try:
+            return await asyncio.to_thread(self._below, directory)
+        except FileNotFoundError as error:
+            raise NotFound(kind, directory.name, "it was deleted meanwhile") from error
 
     def _below(self, directory: Path) -> list[File]:
         found = []
         for path in sorted(directory.rglob("*")):
-            if path.is_file() and not path.is_symlink():
-                status = path.stat()
+            # Raises for one that is gone: a list that is short by it would look whole.
+            status = path.lstat()
+            if stat.S_ISREG(status.st_mode):
                 name = path.relative_to(directory).as_posix()
                 found.append(File(path, name, status.st_size, self._sha256(path)))
         return found

@@ -3,7 +3,6 @@
 import asyncio
 import dataclasses
 import functools
-import os
 import shutil
 import sqlite3
 from collections.abc import Awaitable, Callable, Mapping, Sequence
@@ -32,6 +31,7 @@ from luthier_server.job import (
     VALIDATING,
     Job,
 )
+from luthier_server.linking import link_tree
 from luthier_server.references import References, is_model_id
 from luthier_server.registry import Registry
 from luthier_server.store import jobs as rows
@@ -41,7 +41,6 @@ from luthier_server.submission import Draft, body_of, new_job, same_request, sto
 from luthier_server.tasks import Resolved
 
 log = structlog.get_logger()
-_LAST = frozenset({"finished", "failed", "stopped"})
 
 
 def microseconds() -> int:
@@ -107,6 +106,7 @@ class Jobs:
                 found.dataset_ids,
                 found.reasons,
                 model_id=base_model if is_model_id(base_model := found.spec.fine_tune.base_model) else "",
+                checkpoint_of=source.job_id if source else "",
                 link=functools.partial(self._take_origin, source) if source else None,
             )
 
@@ -211,13 +211,12 @@ class Jobs:
         return [Checkpoint(job.id, source.step, 0, name, source.size_bytes, job.create_time)]
 
     async def link(self, checkpoint: Checkpoint, target: Path) -> None:
-        """Makes a directory that holds a checkpoint's files, which stay there when the checkpoint goes. Raises
-        NotFound when it has gone."""
+        """Makes a directory that holds a checkpoint's files, whole or not at all; they stay there when the checkpoint
+        goes. Raises NotFound when it has gone."""
         there = self._references.checkpoint_dir(checkpoint)
         try:
-            await asyncio.to_thread(shutil.copytree, there, target, copy_function=_link)
-        except OSError as error:  # shutil's own error too
-            await asyncio.to_thread(shutil.rmtree, target, ignore_errors=True)
+            await asyncio.to_thread(link_tree, there, target)
+        except OSError as error:
             if there.is_dir():
                 raise
             name = f"{checkpoint.job_id}:step-{checkpoint.step}"
@@ -427,10 +426,3 @@ def _refuse_ended(job: Job, verb: str) -> None:
             reason="JOB_ENDED",
             metadata={"state": name},
         )
-
-
-def _link(source: str, target: str) -> None:
-    try:
-        os.link(source, target)
-    except OSError:
-        shutil.copy2(source, target)

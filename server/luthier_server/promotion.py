@@ -10,6 +10,7 @@ from pathlib import Path
 from typing import Any
 
 from luthier_server.errors import FailedPrecondition, NotFound, StorageFull
+from luthier_server.linking import link
 
 LINEAGE = "luthier.json"
 _MOST_BYTES = 8 << 20
@@ -48,7 +49,7 @@ def promote(name: str, source: Path, target: Path, lineage: Mapping[str, Any]) -
             if not file.resolve().is_relative_to(aside.resolve()):
                 raise ValueError(f"{path} lies elsewhere")
             file.parent.mkdir(parents=True, exist_ok=True)
-            _link(source / path, file)
+            link(source / path, file)
             with open(file, "rb") as content:
                 if hashlib.file_digest(content, "sha256").hexdigest() != noted["sha256"]:
                     raise ValueError(f"{path} differs from its manifest")
@@ -87,15 +88,6 @@ def _numbers(state: Mapping[str, Any]) -> dict[str, float]:
     if counters.get("evaluated_step", -1) == counters.get("step"):
         numbers |= counters.get("evaluation", {})
     return numbers
-
-
-def _link(source: Path, target: Path) -> None:
-    try:
-        os.link(source, target)
-    except FileNotFoundError:
-        raise
-    except OSError:
-        shutil.copy2(source, target)  # another file system, or one without links
 
 
 def _sync(path: Path) -> None:

@@ -13,6 +13,7 @@ from pathlib import Path
 
 from luthier.v1.job_pb2 import JobSpec
 from luthier_server.errors import InvalidArgument, NotFound, Violation
+from luthier_server.job import Job
 from luthier_server.store.database import Database
 from luthier_server.store.jobs import Checkpoint
 from luthier_server.store.jobs import Jobs as JobRows
@@ -103,6 +104,13 @@ class References:
                 return Found(name, self.checkpoint_dir(each), job_id, job.resolved_spec, checkpoint=each)
         there = sorted({each.step for each in kept})
         raise NotFound("checkpoint", name, f"the job has steps {', '.join(map(str, there)) or 'none'}")
+
+    async def trained_revision(self, tenant: str, job: Job) -> str:
+        """The revision of a job's base: the commit that it was trained on, where a model of it tells, else what was
+        asked for, which may be a branch that has moved since."""
+        task = job.resolved_spec.fine_tune
+        _, commit = await self._models.of_same_base(tenant, job.id, task.base_model)
+        return commit or task.base_model_revision
 
     def checkpoint_dir(self, checkpoint: Checkpoint) -> Path:
         """Where a checkpoint's files lie, as long as it is kept."""

@@ -10,7 +10,7 @@ from typing import Any
 from google.protobuf.json_format import MessageToDict
 
 from luthier_server import spec as specs
-from luthier_server.errors import NotFound, Violation
+from luthier_server.errors import LuthierError, NotFound, Violation
 from luthier_server.ids import Ids
 from luthier_server.made import made_by
 from luthier_server.promotion import promote, read_note
@@ -59,15 +59,21 @@ class Registrations:
         async def work(transaction: Transaction) -> Version:
             model_id = known or await rows.registered(transaction, tenant, found.name)
             if not model_id and made is not None:
+                if made.adaptation != "full" and made.parent_model:
+                    await _require(transaction, tenant, made.parent_model, f"{found.name} goes on from it")
                 await rows.insert(transaction, made)
                 model_id = made.id
-            if not await rows.present(transaction, tenant, model_id):
-                raise NotFound("model", reference, "it was deleted just now")
+            await _require(transaction, tenant, model_id, "it was deleted just now")
             return await name_rows.register(transaction, tenant, name, model_id, self._clock())
 
-        version = await self._database.write(work)
+        try:
+            version = await self._database.write(work)
+        except LuthierError:
+            if made is not None:
+                await self._discard(made.id)
+            raise
         if made is not None and version.model_id != made.id:  # another call was faster
-            await asyncio.to_thread(shutil.rmtree, self._models_dir / made.id, ignore_errors=True)
+            await self._discard(made.id)
         return version
 
     async def update(
@@ -85,8 +91,7 @@ class Registrations:
         model = await self._references.model(tenant, reference)
 
         async def work(transaction: Transaction) -> None:
-            if not await rows.present(transaction, tenant, model.id):
-                raise NotFound("model", reference, "it was deleted just now")
+            await _require(transaction, tenant, model.id, "it was deleted just now")
             count = await rows.tag(transaction, tenant, model.id, set_tags, remove_tags)
             if set_tags and count > MOST_TAGS:
                 specs.refuse([Violation("set_tags", f"makes {count} tags; a model has {MOST_TAGS} at most")])
@@ -95,6 +100,9 @@ class Registrations:
 
         await self._database.write(work)
         return await self._references.model(tenant, model.id)
+
+    async def _discard(self, model_id: str) -> None:
+        await asyncio.to_thread(shutil.rmtree, self._models_dir / model_id, ignore_errors=True)
 
     async def _copied(self, tenant: str, found: Found) -> Model:
         """The model that a checkpoint is, with its files in place, and not yet a row."""
@@ -119,6 +127,11 @@ class Registrations:
         lineage = _lineage(model, noted)
         size, metrics = await asyncio.to_thread(promote, found.name, found.directory, target, lineage)
         return dataclasses.replace(model, size_bytes=size, metrics=metrics)
+
+
+async def _require(transaction: Transaction, tenant: str, model_id: str, why: str) -> None:
+    if not await rows.present(transaction, tenant, model_id):
+        raise NotFound("model", model_id, why)
 
 
 def _lineage(model: Model, parent: Mapping[str, Any]) -> dict[str, object]:

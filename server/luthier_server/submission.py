@@ -23,9 +23,9 @@ class Draft:
     """A job that may be created.
 
     resolved: the spec with every default. first_state: VALIDATING or QUEUED. dataset_ids: what must not be deleted
-    while the job is not at rest. reasons: why rules decided numbers as they did. model_id: the model that it starts
-    from, if it does. link: brings what the job needs of another one into its folder, and returns the checkpoints among
-    that.
+    while the job is not at rest. reasons: why rules decided numbers as they did. model_id: the model that it cannot do
+    without, if there is one; checkpoint_of: the same of the job whose checkpoint it works on. link: brings what the job
+    needs of another one into its folder, and returns the checkpoints among that.
     """
 
     resolved: JobSpec
@@ -33,6 +33,7 @@ class Draft:
     dataset_ids: Sequence[str] = ()
     reasons: Sequence[str] = ()
     model_id: str = ""
+    checkpoint_of: str = ""
     link: Callable[[Job], Awaitable[list[Checkpoint]]] | None = None
 
 
@@ -95,6 +96,8 @@ async def store(
         await dataset_rows.hold(transaction, job.tenant, dataset_id, job.id)
     if draft.model_id and not await model_rows.present(transaction, job.tenant, draft.model_id):
         raise NotFound("model", draft.model_id, "it was deleted just now")
+    if draft.checkpoint_of and await rows.load(transaction, draft.checkpoint_of) is None:
+        raise NotFound("job", draft.checkpoint_of, "it was deleted just now")
     change = Change(job, job.create_time)
     if draft.first_state == VALIDATING:
         change.move(VALIDATING, "SUBMITTED", "its datasets are checked for its base model")

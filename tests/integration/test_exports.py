@@ -2,6 +2,7 @@
 
 import os
 import shutil
+import sqlite3
 import uuid
 from collections.abc import Callable, Iterator
 from pathlib import Path
@@ -11,6 +12,7 @@ import grpc
 import pytest
 from daemon import Daemon, dense, details, kinds, puppet, reason, small, until
 
+from luthier.trainer.v1.task_pb2 import TrainerTask
 from luthier.v1 import fine_tuning_pb2 as ft
 from luthier.v1 import models_pb2 as md
 from luthier.v1.export_pb2 import Export
@@ -131,6 +133,17 @@ def _dataset(name: str) -> Any:
     from luthier.v1.datasets_pb2 import GetDatasetRequest
 
     return GetDatasetRequest(dataset=name)
+
+
+def test_a_checkpoint_is_exported_over_the_commit_of_its_base_that_its_job_was_trained_on(daemon: Daemon) -> None:
+    job = daemon.wait(daemon.create(small(base_model="somebody/model", checkpoints=Checkpoints(every_steps=1))).id)
+    commit = "0123456789abcdef0123456789abcdef01234567"
+    with sqlite3.connect(daemon.data_dir / "luthier.db") as database:  # as a trainer that knows a hub reports it
+        database.execute("UPDATE models SET base_model_revision = ? WHERE id = ?", (commit, job.model_id))
+    exporting = daemon.wait(export(daemon, f"{job.id}:step-1").id)
+    task = (daemon.data_dir / "jobs" / exporting.id / "attempt-1" / "task.binpb").read_bytes()
+    source = TrainerTask.FromString(task).base_model
+    assert (source.is_hub, source.location, source.revision) == (True, "somebody/model", commit)
 
 
 def test_a_request_makes_one_export_however_often_it_is_sent(daemon: Daemon, model: str) -> None:
@@ -345,8 +358,9 @@ def test_a_restarted_server_adopts_an_export_with_its_slot_and_sweeps_what_nobod
     daemon.kill()
     for name in ("export_01ARZ3NDEKTSV4RRFFQ69G5FAV", ".tmp-export_01ARZ3NDEKTSV4RRFFQ69G5FAV"):
         (daemon.data_dir / "exports" / name).mkdir()
+    (daemon.data_dir / "exports" / "lost+found").mkdir()
     daemon.start()
-    assert left(daemon) == [aside], "what nobody needs is swept, and nothing else"
+    assert left(daemon) == [aside, "lost+found"], "what nobody needs is swept, and nothing else"
     training, behind = daemon.create(), export(daemon, job.spec.export.model)
     runs(daemon, training)
     assert daemon.get(behind.id).state == JobState.JOB_STATE_QUEUED, "its slot is not given twice"
@@ -395,3 +409,30 @@ def test_the_secret_of_a_destination_is_written_nowhere(daemons: Start, tmp_path
     for path in daemon.data_dir.rglob("*"):
         if path.is_file() and not path.is_socket():
             assert secret.encode() not in path.read_bytes(), path
+
+
+def test_the_base_of_a_checkpoint_stays_while_that_is_exported_and_without_it_nothing_is(daemons: Start) -> None:
+    daemon = daemons(*SLOW)
+    daemon.upload()
+    base = tuned(daemon, hyperparameters=ONE_STEP)
+    tiny = Path(__file__).parents[2] / "trainer" / "luthier_trainer" / "builtin" / "tiny"
+    shutil.copytree(tiny, daemon.data_dir / "models" / base, dirs_exist_ok=True)
+    job = daemon.create(small(base_model=base, checkpoints=Checkpoints(every_steps=2)))
+    daemon.wait_for_step(job.id, 3)
+    cancel(daemon, job)
+    checkpoint = f"{job.id}:step-2"
+    exporting = export(daemon, checkpoint)
+    with pytest.raises(grpc.RpcError) as needed:
+        daemon.models.DeleteModel(md.DeleteModelRequest(model_id=base))
+    violations = details(needed.value)["PreconditionFailure"].violations
+    assert [(each.type, each.subject) for each in violations] == [("JOB", exporting.id)]
+    cancel(daemon, exporting)
+    daemon.models.DeleteModel(md.DeleteModelRequest(model_id=base))
+    with pytest.raises(grpc.RpcError) as gone:
+        export(daemon, checkpoint)
+    assert reason(gone.value) == "MODEL_NOT_FOUND"
+    assert [each.field for each in details(gone.value)["BadRequest"].field_violations] == ["export.model"]
+    with pytest.raises(grpc.RpcError) as alone:
+        daemon.models.RegisterModel(md.RegisterModelRequest(model_id=checkpoint, name="orphan"))
+    assert reason(alone.value) == "MODEL_NOT_FOUND"
+    assert os.listdir(daemon.data_dir / "models") == []

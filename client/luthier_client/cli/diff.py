@@ -82,7 +82,7 @@ def side(client: "Client", given: str) -> Side:
     except NotFound:
         spec = flat(model.resolved_spec)
         missing = ("plan",) if spec else ("spec", "plan")
-        sections = {"spec": spec, "data": _data(client, model.resolved_spec), "metrics": _steady(model.metrics)}
+        sections = {"spec": spec, "data": hashes(client, model.resolved_spec), "metrics": _steady(model.metrics)}
         return Side(model.id, model.job_id, sections, missing)
     return _of_job(client, job, model.id, dict(model.metrics))
 
@@ -99,7 +99,7 @@ def _of_job(client: "Client", job: "Job", given: str, metrics: Mapping[str, floa
         missing = ("plan",) if metrics else ("plan", "metrics")
     sections = {
         "spec": flat(job.resolved_spec if job.HasField("resolved_spec") else job.spec),
-        "data": _data(client, job.resolved_spec),
+        "data": hashes(client, job.resolved_spec),
         "plan": _steady(plan),
         "metrics": _steady(metrics or numbers),
     }
@@ -159,23 +159,23 @@ def flat(spec: "JobSpec") -> dict[str, Any]:
     return found
 
 
-def _data(client: "Client", spec: "JobSpec") -> dict[str, str]:
+def hashes(client: "Client", spec: "JobSpec") -> dict[str, str]:
     """The hash of each dataset that a spec names; equal data under two names is equal data."""
-    from luthier_client.errors import LuthierError
+    from luthier_client.errors import NotFound
 
     named = {
         "training sha256": spec.fine_tune.training_dataset,
         "validation sha256": spec.fine_tune.validation_dataset,
         "proof sha256": spec.export.proof_dataset,
     }
-    hashes: dict[str, str] = {}
+    found: dict[str, str] = {}
     for what, dataset in named.items():
         if dataset:
             try:
-                hashes[what] = client.get_dataset(dataset).sha256
-            except LuthierError:
-                hashes[what] = f"{dataset} is gone"
-    return hashes
+                found[what] = client.get_dataset(dataset).sha256
+            except NotFound:
+                found[what] = f"{dataset} is gone"
+    return found
 
 
 def _steady(numbers: Mapping[str, Any]) -> dict[str, Any]:

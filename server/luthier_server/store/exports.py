@@ -69,10 +69,10 @@ class Exports:
         return [_export(row) for row in rows]
 
     async def of(self, tenant: str, model_ids: Sequence[str]) -> list[Export]:
-        """The exports of these models and checkpoints, without their files, oldest first."""
+        """The exports of these models and checkpoints, without their files, oldest first; at most 1000."""
         rows = await self._database.read(
             f"SELECT {_SUMMARY} FROM exports WHERE tenant = ? AND model_id IN (SELECT value FROM json_each(?))"
-            " ORDER BY id",
+            " ORDER BY id LIMIT 1000",
             (tenant, json.dumps(list(model_ids))),
         )
         return [_export(row) for row in rows]

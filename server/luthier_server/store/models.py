@@ -99,7 +99,9 @@ class Models:
             (tenant, base_model),
         )
         revisions = await self._database.read(
-            "SELECT base_model_revision FROM models WHERE tenant = ? AND job_id = ? LIMIT 1", (tenant, job_id)
+            "SELECT base_model_revision FROM models WHERE tenant = ? AND job_id = ? AND base_model_revision != ''"
+            " LIMIT 1",
+            (tenant, job_id),
         )
         return (
             licences[0]["base_licence"] if licences else "",

@@ -25,7 +25,7 @@ from luthier.v1 import models_pb2 as md
 from luthier.v1 import models_pb2_grpc
 from luthier.v1.export_pb2 import Export
 from luthier.v1.job_pb2 import JOB_STATE_VALIDATING, Job, JobSpec
-from luthier.v1.model_pb2 import Model, ModelAlias, ModelFile
+from luthier.v1.model_pb2 import Model, ModelAlias, ModelFile, ModelVersion
 
 FILES = {"adapter_config.json": b'{"r": 16}\n', "adapter_model.safetensors": bytes(range(256)) * 3000, "empty.txt": b""}
 _CHUNK = 65536
@@ -55,6 +55,10 @@ class FakeModels(models_pb2_grpc.ModelsServicer):
     async def ListModels(self, request: Any, context: Any) -> Any:
         return md.ListModelsResponse(models=[each for each in self.models() if each.id.startswith(request.id_prefix)])
 
+    async def RegisterModel(self, request: Any, context: Any) -> Any:
+        await asyncio.sleep(0.8)  # as one that hashes a large checkpoint
+        return md.RegisterModelResponse(version=ModelVersion(name=request.name, version=1, model_id=request.model_id))
+
     async def DeleteModel(self, request: Any, context: Any) -> Any:
         unmet = error_details_pb2.PreconditionFailure()
         for subject, text in (
@@ -76,7 +80,6 @@ class FakeModels(models_pb2_grpc.ModelsServicer):
         await context.abort(grpc.StatusCode.UNIMPLEMENTED, "the tests ask a real server for this")
 
     UpdateModel: Any = unknown
-    RegisterModel: Any = unknown
     ListModelNames: Any = unknown
     SetModelAlias: Any = unknown
     DeleteModelAlias: Any = unknown

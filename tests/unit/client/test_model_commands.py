@@ -16,8 +16,9 @@ from unit.client.fake_server import FakeServer
 from luthier.v1.job_pb2 import JobSpec
 from luthier.v1.model_pb2 import LineageEdge, LineageKind, LineageNode
 from luthier.v1.models_pb2 import GetModelLineageResponse
+from luthier_client import Client, errors
 from luthier_client.cli import again
-from luthier_client.cli.diff import Side, differences, flat
+from luthier_client.cli.diff import Side, differences, flat, hashes
 from luthier_client.cli.lineage import tree
 from luthier_client.cli.model_edit import resolving
 
@@ -208,6 +209,13 @@ def test_two_runs_are_equal_whatever_their_speed_and_differ_by_field() -> None:
         ("alpha", None, 4), ("rank", 8, None), ("eval_loss", 0.5, 0.25)
     ]  # fmt: skip
     assert differences(one, Side("c", "c", {}, ("spec", "metrics"))) == []
+
+
+def test_a_dataset_that_cannot_be_asked_for_is_not_said_to_be_gone() -> None:
+    spec = JobSpec()
+    spec.fine_tune.training_dataset = "ds_01J8ZQ4Y6N0000000000000001"
+    with Client("127.0.0.1:1", timeout=0.3) as client, pytest.raises(errors.Unavailable):
+        hashes(client, spec)
 
 
 def test_a_diff_of_two_jobs_says_that_they_are_equal_or_what_differs(own_server: FakeServer, tmp_path: Path) -> None:

@@ -135,3 +135,10 @@ async def test_an_export_is_a_job_that_is_waited_for(own_server: FakeServer) -> 
         assert [each.id async for each in other.list_exports()] == [export.id]
     ids = [call["request"]["requestId"] for call in own_server.calls("ExportModel")]
     assert len(set(ids)) == 3 and all(ids)
+
+
+async def test_a_checkpoint_may_take_longer_to_become_a_model_than_other_calls_may(own_server: FakeServer) -> None:
+    with Client(own_server.endpoint, timeout=0.4) as client:
+        assert client.register_model("job_1:step-2", "bot").version == 1
+    async with AsyncClient(own_server.endpoint, timeout=0.4) as other:
+        assert (await other.register_model("job_1:step-2", "bot")).version == 1

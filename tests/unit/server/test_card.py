@@ -128,6 +128,14 @@ def test_a_whole_models_card_is_for_transformers_and_a_gguf_files_for_llama_cpp(
     assert not programs(gguf)
 
 
+def test_the_card_of_an_adapter_as_gguf_promises_no_merged_weights() -> None:
+    markdown = card(a_subject(a_model()), Form.GGUF_ADAPTER)
+    assert "merged" not in markdown
+    assert "llama-cli -m BASE.gguf --lora FILE.gguf" in markdown
+    assert metadata(markdown)["base_model_relation"] == "adapter"
+    assert metadata(markdown)["library_name"] == "gguf"
+
+
 def test_a_base_that_is_not_on_the_hub_is_not_linked_and_an_unknown_licence_is_named() -> None:
     made: dict[str, Any] = {"base_model": {"hub_id": ""}}
     markdown = card(
@@ -186,7 +194,7 @@ def test_hostile_words_stay_words_wherever_they_stand(form: Form) -> None:
     assert rendered.count("<h1>") == 1
     assert not re.search(r"<(script|img|ol|ul|li|strong|em)\b", rendered)
     assert not re.search(r'href="(?!https://huggingface\.co/)', rendered)
-    assert rendered.count("<pre>") == (form != Form.GGUF)
+    assert rendered.count("<pre>") == (form in (Form.ADAPTER, Form.WHOLE))
     assert "alert(1)" in rendered
 
 

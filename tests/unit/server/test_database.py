@@ -178,7 +178,8 @@ async def test_models_of_an_older_server_get_their_jobs_specs_and_their_parents(
         old.execute("PRAGMA user_version=3")
         old.execute(
             "INSERT INTO jobs (id, state, spec, resolved_spec, request_sha256, create_time)"
-            " VALUES ('job_1', 8, '{\"displayName\": \"asked\"}', '{\"displayName\": \"decided\"}', '', 1)"
+            " VALUES ('job_1', 8, '{\"displayName\": \"asked\"}',"
+            ' \'{"displayName": "decided", "fineTune": {"baseModelRevision": "v1"}}\', \'\', 1)'
         )
         for model_id, job_id, base in ((parent, "job_gone", "model_zoo/x"), (child, "job_1", parent)):
             old.execute(
@@ -193,6 +194,7 @@ async def test_models_of_an_older_server_get_their_jobs_specs_and_their_parents(
         assert before is not None
         assert after is not None
         assert (before.parent_model, before.spec, before.base_licence) == ("", None, "")
+        assert (before.base_model_revision, after.base_model_revision) == ("", "v1")
         assert after.parent_model == parent
         assert after.spec is not None
         assert after.resolved_spec is not None

@@ -67,3 +67,21 @@ def test_what_lies_outside_of_an_export_is_no_file_of_it(tmp_path: Path, path: s
         noted(tmp_path / "export", [ModelFile(path=path)])
     [sound] = noted(tmp_path / "export", [ModelFile(path="weights/model.bin", size_bytes=3, sha256="00")])
     assert (sound.path, sound.size_bytes) == ((tmp_path / "export" / "weights" / "model.bin").resolve(), 3)
+
+
+async def test_a_list_of_files_is_never_short_because_the_model_was_deleted_meanwhile(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    directory = tmp_path / "model"
+    directory.mkdir()
+    for name in ("a", "b"):
+        (directory / name).write_bytes(b"content")
+    digest = hashlib.file_digest
+
+    def meanwhile(file: Any, name: str) -> Any:
+        directory.rename(tmp_path / ".gone-model")
+        return digest(file, name)
+
+    monkeypatch.setattr(hashlib, "file_digest", meanwhile)
+    with pytest.raises(NotFound, match="deleted meanwhile"):
+        await Files().below(directory)

@@ -9,7 +9,9 @@ ALTER TABLE models ADD COLUMN checkpoint TEXT NOT NULL DEFAULT '';
 ALTER TABLE models ADD COLUMN description TEXT NOT NULL DEFAULT '';
 
 UPDATE models SET parent_model = base_model WHERE base_model GLOB 'model_*' AND length(base_model) = 32;
-UPDATE models SET spec = jobs.spec, resolved_spec = jobs.resolved_spec FROM jobs WHERE jobs.id = models.job_id;
+UPDATE models SET spec = jobs.spec, resolved_spec = jobs.resolved_spec,
+    base_model_revision = coalesce(json_extract(jobs.resolved_spec, '$.fineTune.baseModelRevision'), '')
+    FROM jobs WHERE jobs.id = models.job_id;
 
 -- A checkpoint becomes a model once.
 CREATE UNIQUE INDEX models_by_checkpoint ON models (tenant, checkpoint) WHERE checkpoint != '';
