@@ -42,7 +42,7 @@ FROM base AS trainer
 ARG TORCH_INDEX=""
 RUN pip install ${TORCH_INDEX:+--extra-index-url "$TORCH_INDEX"} -c constraints.txt torch==2.13.0
 COPY trainer ./trainer
-RUN pip install -c constraints.txt ./proto ./trainer
+RUN pip install -c constraints.txt ./proto './trainer[gguf]'
 USER luthier
 WORKDIR /data
 # What is fetched from the hub outlives the container.

@@ -19,7 +19,7 @@ $(VENV)/.runtime: constraints.txt $(DISTS:%=%/pyproject.toml)
 	@test -x $(BIN)/python || { echo "creating $(VENV)"; $(PYTHON) -m venv $(VENV); }
 	@echo "installing Luthier (torch takes a minute)"
 	@$(PIP) install --upgrade 'pip>=25.1'
-	@$(PIP) install -c constraints.txt torch==2.13.0 $(DISTS:%=-e ./%)
+	@$(PIP) install -c constraints.txt torch==2.13.0 $(DISTS:%=-e ./%) -e './trainer[gguf]'
 	@touch $@
 
 $(VENV)/.dev: $(VENV)/.runtime pyproject.toml
@@ -34,8 +34,9 @@ serve: setup ## start luthierd for real use
 	@exec $(BIN)/luthierd
 
 # Most tests wait for real processes, so three workers keep two cores busy; more threads would only get in their way.
+# Files in the order of their folders: those of few and long tests, which xdist would start last, come early.
 test: setup-dev ## run the tests
-	@OMP_NUM_THREADS=1 OMP_WAIT_POLICY=PASSIVE $(BIN)/python -m pytest -n 3 --dist loadfile -q
+	@OMP_NUM_THREADS=1 OMP_WAIT_POLICY=PASSIVE $(BIN)/python -m pytest -n 3 --dist loadfile --no-loadscope-reorder -q
 
 check: setup-dev ## format, lint, types, import rules, the contract and its generated code
 	@PATH="$(CURDIR)/$(BIN):$$PATH" sh .ci/check

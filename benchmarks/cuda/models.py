@@ -59,9 +59,10 @@ def _quantise(model: PreTrainedModel, device: torch.device) -> None:
     bitsandbytes."""
     import bitsandbytes as bnb  # type: ignore[import-not-found,import-untyped,unused-ignore]
 
+    narrowed: Any = bnb.nn  # it has types, and names none of these in them
     for layer in model.get_decoder().layers:  # type: ignore[no-untyped-call]
         for name, linear in [pair for pair in layer.named_modules() if type(pair[1]) is nn.Linear]:
-            narrow: Any = bnb.nn.Linear4bit(
+            narrow = narrowed.Linear4bit(
                 linear.in_features,
                 linear.out_features,
                 bias=False,
@@ -70,7 +71,7 @@ def _quantise(model: PreTrainedModel, device: torch.device) -> None:
                 quant_type="nf4",
                 device="meta",
             )
-            narrow.weight = bnb.nn.Params4bit(
+            narrow.weight = narrowed.Params4bit(
                 linear.weight.data, requires_grad=False, compress_statistics=True, quant_type="nf4", module=narrow
             )
             parent, _, last = name.rpartition(".")

@@ -7,6 +7,7 @@ from importlib import import_module
 from typing import TYPE_CHECKING, Any
 
 if TYPE_CHECKING:
+    from luthier_client import exports
     from luthier_client.async_client import AsyncClient
     from luthier_client.client import Client
     from luthier_client.connection import ServerInfo
@@ -48,6 +49,7 @@ __all__ = [
     "Unavailable",
     "WatchOptions",
     "__version__",
+    "exports",
     "fold",
     "load_spec",
 ]
@@ -77,6 +79,8 @@ _HOME = {name: module for module, names in _MODULES.items() for name in names}
 
 
 def __getattr__(name: str) -> Any:
+    if name == "exports":
+        return import_module(f"{__name__}.exports")
     if name not in _HOME:
         raise AttributeError(f"module {__name__!r} has no attribute {name!r}")
     return getattr(import_module(f"{__name__}.{_HOME[name]}"), name)

@@ -2,12 +2,9 @@
 
 import os
 import time
-from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
-from pathlib import Path
+from collections.abc import Iterable, Iterator, Mapping, Sequence
 from types import TracebackType
 from typing import Self
-
-import grpc
 
 from luthier.v1.dataset_pb2 import Dataset
 from luthier.v1.dataset_report_pb2 import DatasetReport
@@ -25,20 +22,19 @@ from luthier.v1.datasets_pb2 import (
 )
 from luthier.v1.fine_tuning_pb2 import EstimateJobResponse, GetJobRequest
 from luthier.v1.job_pb2 import JobSpec
-from luthier.v1.model_pb2 import Model
-from luthier.v1.models_pb2 import DownloadModelRequest, GetModelRequest, GetModelResponse, ListModelsRequest
 from luthier_client import dataset_requests as requests
 from luthier_client import job_requests
 from luthier_client.access import Access
-from luthier_client.connection import Connection, ServerInfo, TransferReport, Tries
+from luthier_client.connection import Connection, ServerInfo, TransferReport
 from luthier_client.dataset_requests import TokenizationLike
-from luthier_client.download import Download
 from luthier_client.errors import LuthierError, Unimplemented
 from luthier_client.handle import JobHandle
-from luthier_client.upload import Persistence, Progress, Source, Upload, open_upload
+from luthier_client.models import ModelMethods
+from luthier_client.persistence import Persistence
+from luthier_client.upload import Progress, Source, Upload, broke_off, open_upload
 
 
-class Client:
+class Client(ModelMethods):
     """A client for code without an event loop; may be shared by threads. Parameters and errors are as AsyncClient's.
 
     with Client() as client:
@@ -343,47 +339,9 @@ class Client:
         response: DeleteDatasetResponse = self._connection.unary(self._connection.datasets.DeleteDataset, request)
         return response.dataset
 
-    def get_model(self, model_id: str) -> Model:
-        """A model by its id. Raises NotFound."""
-        request = GetModelRequest(model_id=model_id)
-        response: GetModelResponse = self._connection.unary(self._connection.models.GetModel, request)
-        return response.model
-
-    def list_models(self, *, id_prefix: str = "", page_size: int = 0) -> Iterator[Model]:
-        """Yields the models, newest first."""
-        request = ListModelsRequest(id_prefix=id_prefix, page_size=page_size)
-        while True:
-            response = self._connection.unary(self._connection.models.ListModels, request)
-            yield from response.models
-            if not response.next_page_token:
-                return
-            request.page_token = response.next_page_token
-
-    def download_model(
-        self, model_id: str, directory: str | os.PathLike[str], *, on_progress: Callable[[int, int], None] | None = None
-    ) -> Path:
-        """Downloads a model, or a checkpoint (`job_...:step-200`), into a directory that is not there yet or empty.
-
-        It appears whole, each file checked by size and SHA-256, or not at all. Raises FileExistsError, DownloadDamaged.
-        """
-        tries = Tries(None)
-        while True:
-            request = DownloadModelRequest(model_id=model_id)
-            call = self._connection.models.DownloadModel(request, metadata=self._connection.metadata)
-            try:
-                with Download(Path(directory), on_progress) as download:
-                    for response in call:
-                        download.accept(response)
-                    return download.finish()
-            except grpc.RpcError as failed:
-                pause = tries.pause_after(self._connection.error(failed))
-            finally:
-                call.cancel()
-            time.sleep(pause)
-
     def _send(self, upload: Upload, on_progress: Progress | None) -> UploadDatasetResponse:
         """Sends what the server does not have yet, as often as there is hope, and closes the upload."""
-        persistence = Persistence()
+        persistence = Persistence(passing=broke_off)
         request = GetUploadRequest(sha256=upload.sha256)
         try:
             while True:

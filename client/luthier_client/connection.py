@@ -1,7 +1,8 @@
 """A channel to the server, its stubs, and calls that are tried again.
 
 A unary call that finds nobody (UNAVAILABLE) is sent again a few times within its timeout. All calls of the contract can
-be repeated: reads, cancels and deletes by nature, CreateJob by its request_id.
+be repeated but one: reads, cancels and deletes by nature, CreateJob and ExportModel by their request_id. The one is
+RollbackModelAlias, which is sent again only when it has not reached a server.
 """
 
 import asyncio
@@ -31,6 +32,8 @@ TransferReport = Callable[[TransferProgress], None]
 TRIES = 4
 _HEALTH = "/grpc.health.v1.Health/Check"
 _SERVING = 1
+# The server has done nothing for a call that ended like this.
+_NEVER_BEGUN = {"UNREACHABLE", "SERVER_DRAINING"}
 
 
 @dataclass(frozen=True)
@@ -55,10 +58,11 @@ class Tries:
         """Seconds that are left, at least a millisecond; None without a limit."""
         return None if self._deadline is None else max(0.001, self._deadline - time.monotonic())
 
-    def pause_after(self, error: errors.LuthierError) -> float:
+    def pause_after(self, error: errors.LuthierError, *, repeatable: bool = True) -> float:
         """The seconds to wait before the next try. Raises the error when there is none."""
         self._left -= 1
-        if not isinstance(error, errors.Unavailable) or self._left <= 0:
+        may = repeatable or error.reason in _NEVER_BEGUN
+        if not isinstance(error, errors.Unavailable) or not may or self._left <= 0:
             raise error
         pause = max(self._backoff.next(), min(error.retry_delay or 0.0, 5.0))
         remaining = self.remaining()
@@ -110,14 +114,17 @@ class AsyncConnection:
         """The error that a failed call stands for."""
         return to_error(failed, self.endpoint, tls=self._access.tls)
 
-    async def unary(self, method: Callable[..., Awaitable[R]], request: Message, *, limited: bool = True) -> R:
-        """Calls a unary method; one that is not limited waits as long as it takes. Raises a LuthierError."""
+    async def unary(
+        self, method: Callable[..., Awaitable[R]], request: Message, *, limited: bool = True, repeatable: bool = True
+    ) -> R:
+        """Calls a unary method; one that is not limited waits as long as it takes, one that is not repeatable is sent
+        again only when it has reached nobody. Raises a LuthierError."""
         tries = Tries(self.timeout if limited else None)
         while True:
             try:
                 return await method(request, timeout=tries.remaining(), metadata=self.metadata)
             except grpc.aio.AioRpcError as failed:
-                pause = tries.pause_after(self.error(failed))
+                pause = tries.pause_after(self.error(failed), repeatable=repeatable)
             await asyncio.sleep(pause)
 
     async def result(
@@ -220,14 +227,15 @@ class Connection:
         call: Any = failed  # what a stub raises is also a grpc.Call, which the class of the exception does not say
         return to_error(call, self.endpoint, tls=self._access.tls)
 
-    def unary(self, method: Callable[..., R], request: Message, *, limited: bool = True) -> R:
-        """Calls a unary method; one that is not limited waits as long as it takes. Raises a LuthierError."""
+    def unary(self, method: Callable[..., R], request: Message, *, limited: bool = True, repeatable: bool = True) -> R:
+        """Calls a unary method; one that is not limited waits as long as it takes, one that is not repeatable is sent
+        again only when it has reached nobody. Raises a LuthierError."""
         tries = Tries(self.timeout if limited else None)
         while True:
             try:
                 return method(request, timeout=tries.remaining(), metadata=self.metadata)
             except grpc.RpcError as failed:
-                pause = tries.pause_after(self.error(failed))
+                pause = tries.pause_after(self.error(failed), repeatable=repeatable)
             time.sleep(pause)
 
     def result(

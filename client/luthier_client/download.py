@@ -1,144 +1,236 @@
-"""The receiving end of a download: files are written aside, checked, and appear all at once.
+"""The receiving end of a download: files come one after the other, are checked, and appear all at once.
 
-What arrives is not trusted: a path may only name a file below the target, in the order and with the size and SHA-256 of
-the manifest.
+What arrives is not trusted: files come in the order and with the size and SHA-256 of the manifest. A download that
+broke off goes on where it stopped, here and when it is called anew; what it took up is hashed again, so that every byte
+of every file is under the hash that is compared in the end.
 """
 
 import hashlib
-import shutil
 from collections.abc import Callable
-from pathlib import Path
-from typing import IO, Any
+from dataclasses import dataclass
+from types import TracebackType
+from typing import Any, Protocol, Self
 
 from luthier.v1.model_pb2 import ModelFile
-from luthier.v1.models_pb2 import DownloadManifest, DownloadModelResponse, FileChunk
+from luthier.v1.models_pb2 import DownloadManifest, DownloadModelRequest, DownloadModelResponse, FileChunk
+from luthier_client import errors, manifest
+from luthier_client.connection import Tries
 from luthier_client.errors import DownloadDamaged
+from luthier_client.manifest import Manifest
+from luthier_client.persistence import Persistence
 
-_MARKER = ".luthier-download"
-_FORBIDDEN = set('\\:*?"<>|')
+Progress = Callable[[int, int], None]
+"""Called with (bytes done, bytes in all)."""
+
+_RESTARTS = 2
+
+
+@dataclass(frozen=True)
+class TakenUp:
+    """What an earlier download left: the files before `index` are whole, and `received` bytes of that one are there."""
+
+    files: Manifest
+    index: int
+    received: int
+    digest: Any
+    """The hash of those bytes."""
+
+
+class Sink(Protocol):
+    """Where the files of a download go, in their order. A context manager: leaving it with DownloadDamaged takes away
+    what has arrived, any other end keeps it for take_up."""
+
+    can_start_over: bool
+
+    def __enter__(self) -> Self: ...
+
+    def __exit__(
+        self, kind: type[BaseException] | None, error: BaseException | None, traceback: TracebackType | None
+    ) -> None: ...
+
+    def take_up(self) -> TakenUp | None:
+        """What is there of an earlier download and is what its manifest says; None: nothing. Reads and hashes all of
+        it. A file of which there are bytes is open and takes the next ones."""
+
+    def begin(self, files: Manifest) -> None:
+        """Starts these files; nothing of an earlier download stays."""
+
+    def open(self, file: ModelFile) -> None:
+        """Starts the next file."""
+
+    def write(self, data: bytes) -> None:
+        """Takes the next bytes of it."""
+
+    def close(self) -> None:
+        """Ends it: it is whole."""
+
+    def finish(self) -> None:
+        """Ends the download: all files are whole."""
+
+
+class StartOver(Exception):
+    """What was there belongs to other files than the server has now: ask for them from the beginning."""
 
 
 class Download:
-    """One download into `target`, a directory that does not exist yet or is empty.
+    """One download into a sink, over as many calls as it takes. Use as a context manager."""
 
-    Everything is written to `TARGET.partial`; `finish` renames it. Use as a context manager: what was not finished is
-    removed. Raises FileExistsError when there is something at the target already.
-    """
-
-    def __init__(self, target: Path, on_progress: Callable[[int, int], None] | None = None) -> None:
-        self._target = Path(target).absolute()
-        if self._target.exists() and not (self._target.is_dir() and not any(self._target.iterdir())):
-            raise FileExistsError(f"{self._target} exists already")
-        self._partial = self._target.with_name(self._target.name + ".partial")
+    def __init__(self, sink: Sink, on_progress: Progress | None = None) -> None:
+        self._sink = sink
         self._on_progress = on_progress
-        self._files: list[ModelFile] | None = None
+        self._files: Manifest | None = None
         self._index = 0
-        self._file: IO[bytes] | None = None
-        self._digest: Any = None
         self._received = 0
+        self._is_open = False
+        self._digest: Any = hashlib.sha256()
         self._done = 0
         self._total = 0
+        self._found_on_disk = False
+        self._awaits_manifest = True
+        self._may_repeat = False
+        self._met = False
+        self._restarts = 0
+        self._tries = Tries(None)
+        self._persistence = Persistence()
 
-    def __enter__(self) -> "Download":
-        if self._partial.exists():
-            if not (self._partial / _MARKER).is_file():
-                raise FileExistsError(f"{self._partial} exists and is not a broken download: move it away")
-            shutil.rmtree(self._partial)
-        self._partial.mkdir(parents=True)
-        (self._partial / _MARKER).touch()
+    def __enter__(self) -> Self:
+        self._sink.__enter__()
         return self
 
-    def __exit__(self, *_: object) -> None:
-        if self._file is not None:
-            self._file.close()
-        if self._partial.exists():
-            shutil.rmtree(self._partial, ignore_errors=True)
+    def __exit__(
+        self, kind: type[BaseException] | None, error: BaseException | None, traceback: TracebackType | None
+    ) -> None:
+        self._sink.__exit__(kind, error, traceback)
+
+    def take_up(self) -> None:
+        """Goes on with what an earlier download left. Hashes all of it, so it may take its time. Raises OSError."""
+        taken = self._sink.take_up()
+        if taken is None:
+            return
+        self._files, self._index, self._received = taken.files, taken.index, taken.received
+        self._digest, self._is_open = taken.digest, taken.received > 0
+        self._found_on_disk = taken.received > 0
+        self._total = sum(file.size_bytes for file in taken.files)
+        self._done = sum(file.size_bytes for file in taken.files[: taken.index]) + taken.received
+
+    def request(self, model_id: str) -> DownloadModelRequest:
+        """What asks for everything that is not there yet."""
+        self._awaits_manifest, self._may_repeat = True, self._files is not None
+        if not self._files:
+            return DownloadModelRequest(model_id=model_id)
+        if self._index == len(
+            self._files
+        ):  # all is there: what comes is the manifest, which says whether it is still so
+            last = self._files[-1]
+            return DownloadModelRequest(model_id=model_id, from_path=last.path, from_offset=last.size_bytes)
+        path = self._files[self._index].path
+        return DownloadModelRequest(model_id=model_id, from_path=path, from_offset=self._received)
 
     def accept(self, response: DownloadModelResponse) -> None:
-        """Takes the next message. Raises DownloadDamaged."""
+        """Takes the next message. Raises DownloadDamaged, and StartOver when other files come than those before."""
+        self._met = True
         part = response.WhichOneof("part")
-        if part == "manifest" and self._files is None:
+        if part == "manifest" and self._awaits_manifest:
             self._begin(response.manifest)
-        elif part == "chunk" and self._files is not None:
+        elif part == "chunk" and not self._awaits_manifest:
             self._write(response.chunk)
         else:
             raise DownloadDamaged(f"an unexpected message in a download: {part}", reason="OUT_OF_ORDER")
 
-    def finish(self) -> Path:
-        """Checks the last file and puts the directory in its place. Raises DownloadDamaged."""
-        if self._files is None:
+    def finish(self) -> None:
+        """Checks the last file and ends the download. Raises DownloadDamaged, and StartOver as accept does."""
+        if self._files is None or self._awaits_manifest:
             raise DownloadDamaged("the download brought no list of files", reason="INCOMPLETE")
         while self._index < len(self._files):
             self._close_file()
-        (self._partial / _MARKER).unlink()
-        if self._target.exists():
-            self._target.rmdir()
-        self._partial.rename(self._target)
-        return self._target
+        self._sink.finish()
 
-    def _begin(self, manifest: DownloadManifest) -> None:
-        seen: set[str] = set()
-        for file in manifest.files:
-            _check_path(file.path)
-            if file.path.casefold() in seen:
-                raise _unsafe(file.path, "it comes twice")
-            seen.add(file.path.casefold())
-        self._files = list(manifest.files)
-        self._total = sum(file.size_bytes for file in self._files)
+    def pause_after(self, error: errors.LuthierError) -> float:
+        """The seconds to wait before the next call, after one that failed. Raises the error when there is none."""
+        if self._files and self._awaits_manifest and isinstance(error, errors.InvalidSpec | errors.OutOfRange):
+            # There is no such place any more in what the server has.
+            self._forget()
+            return 0.0
+        if not self._met:
+            return self._tries.pause_after(error)
+        self._persistence.met(self._done)
+        return self._persistence.pause_after(error)
+
+    def _begin(self, told: DownloadManifest) -> None:
+        files = manifest.checked(told.files)
+        if self._files is not None and files != self._files:
+            self._forget()
+            raise StartOver
+        self._awaits_manifest = False
+        if self._files is None:
+            self._sink.begin(files)
+            self._files, self._total = files, sum(file.size_bytes for file in files)
+        self._tell()
 
     def _write(self, chunk: FileChunk) -> None:
         assert self._files is not None
+        data, offset = self._new(chunk), chunk.offset
+        if not data and chunk.data:
+            return
+        offset += len(chunk.data) - len(data)
         while self._index < len(self._files) and self._files[self._index].path != chunk.path:
             self._close_file()
-        if self._index == len(self._files) or chunk.offset != self._received:
+        if self._index == len(self._files) or offset != self._received:
             raise DownloadDamaged(f"{chunk.path!r} at {chunk.offset} came out of order", reason="OUT_OF_ORDER")
-        if self._received + len(chunk.data) > self._files[self._index].size_bytes:
+        if self._received + len(data) > self._files[self._index].size_bytes:
             raise DownloadDamaged(f"{chunk.path!r} is longer than announced", reason="SIZE_MISMATCH")
-        file = self._open_file()
-        file.write(chunk.data)
-        self._digest.update(chunk.data)
-        self._received += len(chunk.data)
-        self._done += len(chunk.data)
-        if self._on_progress is not None:
-            self._on_progress(self._done, self._total)
+        self._open_file()
+        self._sink.write(data)
+        self._digest.update(data)
+        self._received += len(data)
+        self._done += len(data)
+        self._tell()
 
-    def _open_file(self) -> IO[bytes]:
+    def _new(self, chunk: FileChunk) -> bytes:
+        """The bytes of a chunk that are not there yet: a server that cannot go on begins at the first file again."""
+        if not self._may_repeat or not self._files:
+            return chunk.data
+        place = next((place for place, file in enumerate(self._files) if file.path == chunk.path), self._index)
+        if place < self._index:
+            return b""
+        if place > self._index or chunk.offset >= self._received:
+            self._may_repeat = False
+            return chunk.data
+        return chunk.data[self._received - chunk.offset :]
+
+    def _open_file(self) -> None:
         assert self._files is not None
-        if self._file is None:
-            path = self._partial / self._files[self._index].path
-            try:
-                path.parent.mkdir(parents=True, exist_ok=True)
-                self._file = open(path, "xb")  # noqa: SIM115 - open until the next file begins
-            except (FileExistsError, NotADirectoryError) as error:
-                raise _unsafe(self._files[self._index].path, "another file is in its way") from error
-            self._digest = hashlib.sha256()
-        return self._file
+        if not self._is_open:
+            self._sink.open(self._files[self._index])
+            self._digest, self._is_open = hashlib.sha256(), True
 
     def _close_file(self) -> None:
         """Closes the current file and goes on to the next one."""
         assert self._files is not None
         expected = self._files[self._index]
-        self._open_file().close()
+        self._open_file()
         if self._received != expected.size_bytes:
             raise DownloadDamaged(
                 f"{expected.path!r} has {self._received} bytes, not {expected.size_bytes}", reason="SIZE_MISMATCH"
             )
         if self._digest.hexdigest() != expected.sha256:
+            if self._found_on_disk:  # the beginning of it was there before: a disk can lose what was written last
+                self._forget()
+                raise StartOver
             raise DownloadDamaged(f"{expected.path!r} does not have its SHA-256", reason="SHA256_MISMATCH")
-        self._file = None
+        self._sink.close()
+        self._is_open, self._found_on_disk = False, False
         self._received = 0
         self._index += 1
 
+    def _forget(self) -> None:
+        """Lets the next call begin anew. Raises DownloadDamaged when it must not."""
+        self._restarts += 1
+        if not self._sink.can_start_over or self._restarts > _RESTARTS:
+            raise DownloadDamaged("the files changed while they were downloaded", reason="MANIFEST_CHANGED")
+        self._files, self._index, self._received, self._done = None, 0, 0, 0
+        self._is_open = self._found_on_disk = False
 
-def _check_path(path: str) -> None:
-    parts = path.split("/")
-    if any(part in ("", ".", "..") for part in parts):
-        raise _unsafe(path, "it leaves the directory")
-    if any(character in _FORBIDDEN or ord(character) < 32 or ord(character) == 127 for character in path):
-        raise _unsafe(path, "it has a character that no file name of a model has")
-    if _MARKER in parts:
-        raise _unsafe(path, "the name is taken")
-
-
-def _unsafe(path: str, why: str) -> DownloadDamaged:
-    return DownloadDamaged(f"the server names a file {path!r}: {why}", reason="UNSAFE_PATH")
+    def _tell(self) -> None:
+        if self._on_progress is not None:
+            self._on_progress(self._done, self._total)

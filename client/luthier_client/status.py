@@ -75,6 +75,8 @@ def to_error(failed: FailedCall, endpoint: str, *, tls: bool = False) -> errors.
         reason = "UNREACHABLE" if refused else "CONNECTION_LOST"
         broke = f"the connection to {endpoint} broke: {message}"
         message = endpoints.unreachable(endpoint, message, tls=tls) if refused else broke
+    if code == "UNIMPLEMENTED" and not reason:
+        metadata.setdefault("hint", "the server may be older than this client: luthier version --server")
     if code == "UNAUTHENTICATED":
         metadata.setdefault("hint", _TOKEN_HINT)
     kind = errors.InvalidDataset if reason == "DATASET_INVALID" else _BY_CODE.get(code, errors.Internal)

@@ -8,7 +8,6 @@ import os
 import re
 import tempfile
 import threading
-import time
 from collections.abc import Callable, Iterable, Iterator, Mapping
 from io import BytesIO
 from pathlib import Path
@@ -17,15 +16,12 @@ from typing import IO, Any
 from luthier.v1.dataset_pb2 import DatasetReading
 from luthier.v1.datasets_pb2 import DatasetMetadata, UploadDatasetRequest
 from luthier_client import errors
-from luthier_client.backoff import Backoff
-from luthier_client.connection import TRIES
 from luthier_client.folder import packed_folder, packed_with_images
 
 CHUNK = 256 * 1024
 _BLOCK = 1024 * 1024
 _IN_MEMORY = 16 * 1024 * 1024
 _NAME_LIMIT = 63
-_AWAY = {"UNREACHABLE", "CONNECTION_LOST", "SERVER_DRAINING"}
 
 Rows = Iterable[Mapping[str, Any]]
 Source = str | os.PathLike[str] | bytes | Rows
@@ -108,38 +104,9 @@ def in_this_loop(on_progress: Progress | None) -> Progress | None:
     return tell
 
 
-class Persistence:
-    """Whether an upload to a server that was met goes on after it broke off: for a few tries, and while the server is
-    away for as long as `patience` seconds. Counts anew with every byte that has arrived."""
-
-    def __init__(self, patience: float = 60.0) -> None:
-        self._patience = patience
-        self._backoff = Backoff(first=0.1, limit=2.0)
-        self._left = TRIES
-        self._received = -1
-        self._since: float | None = None
-
-    def met(self, received: int) -> None:
-        """The server has so many bytes."""
-        if received > self._received:
-            self._received, self._left, self._since = received, TRIES, None
-            self._backoff.reset()
-
-    def pause_after(self, error: errors.LuthierError) -> float:
-        """The seconds to wait before the next try. Raises the error when there is none."""
-        passes = isinstance(error, errors.Unavailable) or error.reason == "UPLOAD_OFFSET"
-        if not passes or self._received < 0:
-            raise error
-        if error.reason in _AWAY:
-            now = time.monotonic()
-            self._since = now if self._since is None else self._since
-            if now - self._since >= self._patience:
-                raise error
-        else:
-            self._left -= 1
-            if self._left <= 0:
-                raise error
-        return max(self._backoff.next(), min(error.retry_delay or 0.0, 5.0))
+def broke_off(error: errors.LuthierError) -> bool:
+    """Whether an upload that ended with this may go on."""
+    return isinstance(error, errors.Unavailable) or error.reason == "UPLOAD_OFFSET"
 
 
 def open_upload(

@@ -9,8 +9,8 @@ from dataclasses import dataclass
 
 import structlog
 
-from luthier.trainer.v1.report_pb2 import TrainerReport
-from luthier.v1.event_pb2 import AttemptStarted, CheckpointSaved, JobEvent, StepCompleted
+from luthier.trainer.v1.report_pb2 import Finished, TrainerReport
+from luthier.v1.event_pb2 import AttemptStarted, CheckpointSaved, JobEvent, Phase, PhaseProgressed, StepCompleted
 from luthier.v1.job_pb2 import JobError, JobState, Progress
 from luthier_server.change import PAYLOADS, Change
 from luthier_server.hub import Hub
@@ -29,7 +29,11 @@ from luthier_server.job import (
     Job,
 )
 from luthier_server.jobs import Jobs, microseconds
+from luthier_server.lanes import Lane
+from luthier_server.made import made_by
+from luthier_server.store import exports as export_rows
 from luthier_server.store import jobs as rows
+from luthier_server.store import model_names as name_rows
 from luthier_server.store import models as model_rows
 from luthier_server.store.database import Database, Transaction
 from luthier_server.store.jobs import Attempt, Checkpoint
@@ -37,16 +41,19 @@ from luthier_server.store.jobs import Attempt, Checkpoint
 log = structlog.get_logger()
 _LAST = frozenset({"finished", "failed", "stopped"})
 _LONGEST_WAIT = 300.0
+_LOST_HINT = "see the log lines; it can be gone on from its newest checkpoint with fine_tune.resume_from"
+_LOST_EXPORT_HINT = "see the log lines, and ask for the export again"
 
 
 @dataclass(frozen=True, slots=True)
 class Ending:
-    """How an attempt's process ended, for what its last report does not say. curable: another try could do better."""
+    """How an attempt's process ended, for what its last report does not say. curable: another try could do better.
+    hint: empty for the usual one."""
 
     lost_reason: str
     lost_message: str
     log_lines: Sequence[str] = ()
-    hint: str = "see the log lines; it can be gone on from its newest checkpoint with fine_tune.resume_from"
+    hint: str = ""
     curable: bool = True
     requeue: bool = False
     storage_full: bool = False
@@ -61,6 +68,7 @@ class Attempts:
         hub: Hub,
         jobs: Jobs,
         model_ids: Ids,
+        export_ids: Ids,
         *,
         retry_seconds: float = 5,
         clock: Callable[[], int] = microseconds,
@@ -69,19 +77,20 @@ class Attempts:
         self._hub = hub
         self._jobs = jobs
         self._model_ids = model_ids
+        self._export_ids = export_ids
         self._retry_seconds = retry_seconds
         self._clock = clock
 
-    async def next_queued(self) -> str | None:
-        """The job that waited longest, or None.
+    async def next_queued(self, lane: Lane) -> str | None:
+        """The job of a lane that waited longest, or None.
 
         A retry further off than any is ever set was set by a clock that ran ahead: it is due.
         """
         now = self._clock()
         found = await self._database.read(
-            "SELECT id FROM jobs WHERE tenant = ? AND state = ? AND (retry_time <= ? OR retry_time > ?)"
+            "SELECT id FROM jobs WHERE tenant = ? AND lane = ? AND state = ? AND (retry_time <= ? OR retry_time > ?)"
             " ORDER BY id LIMIT 1",
-            ("default", QUEUED, now, now + int(_LONGEST_WAIT * 1_000_000)),
+            ("default", lane, QUEUED, now, now + int(_LONGEST_WAIT * 1_000_000)),
         )
         return found[0]["id"] if found else None
 
@@ -110,17 +119,26 @@ class Attempts:
                 reports=0,
                 reason="FIRST" if job.attempt == 0 else await _last_reason(transaction, job),
                 resume_from=points[0].directory if points else "",
-                model_id=self._model_ids.new("model"),
+                model_id="" if job.is_export else self._model_ids.new("model"),
                 pid=0,
                 outcome=b"",
                 slot=slot,
                 end_time=0,
+                lane=job.lane,
+                export_id=await self._export_id(transaction, job) if job.is_export else "",
             )
             await rows.insert_attempt(transaction, attempt, job.tenant, change.now)
             change.move(PREPARING, "SLOT_FREE")
             return await change.commit(transaction, self._hub, self._jobs.changed.set), attempt
 
         return await self._database.write(work)
+
+    async def _export_id(self, transaction: Transaction, job: Job) -> str:
+        """The id of the export that a job makes. Its attempts share it: what an earlier one has written and proven is
+        only copied by the next."""
+        if not job.attempt:
+            return self._export_ids.new("export")
+        return (await rows.load_attempt(transaction, job.id, job.attempt)).export_id
 
     async def ingest(self, attempt: Attempt, reports: Sequence[TrainerReport], offset: int) -> Attempt:
         """Turns an attempt's next reports into events, and remembers that its spool is read up to `offset`.
@@ -161,6 +179,7 @@ class Attempts:
             return await change.commit(transaction, self._hub, self._jobs.changed.set)
 
         job = await self._database.write(work)
+        await self._jobs.let_go(job)
         log.info("attempt ended", job_id=job.id, attempt=attempt.number, state=JobState.Name(job.state))
         return job
 
@@ -168,7 +187,9 @@ class Attempts:
         job = change.job
         outcome = TrainerReport.FromString(attempt.outcome)
         kind = outcome.WhichOneof("payload")
-        if kind == "finished":
+        if kind == "finished" and job.is_export:
+            await self._keep_export(transaction, change, attempt, outcome.finished)
+        elif kind == "finished":
             await self._succeed(transaction, change, attempt, outcome)
         elif job.state == CANCELLING and kind != "failed":
             change.move(CANCELLED, "CANCEL_REQUESTED")
@@ -183,14 +204,14 @@ class Attempts:
         elif job.state == PAUSING:
             self._rest(change, "PAUSE_REQUESTED", "")
         elif kind == "stopped" or ending.requeue:
-            change.move(QUEUED, ending.lost_reason, ending.lost_message)
+            change.move(QUEUED, ending.lost_reason, "starts over" if job.is_export else ending.lost_message)
         elif ending.curable and _may_retry(job):
             self._retry(change, ending.lost_reason, ending.lost_message)
         else:
             error = JobError(
                 reason=ending.lost_reason,
                 message=ending.lost_message,
-                hint=ending.hint,
+                hint=ending.hint or (_LOST_EXPORT_HINT if job.is_export else _LOST_HINT),
                 log_lines=ending.log_lines,
             )
             change.move(FAILED, error.reason, error.message, error=error)
@@ -216,32 +237,57 @@ class Attempts:
         self, transaction: Transaction, change: Change, attempt: Attempt, outcome: TrainerReport
     ) -> None:
         job = change.job
-        task = job.resolved_spec.fine_tune
-        stem = task.base_model.rstrip("/").rpartition("/")[2]
-        await model_rows.insert(
-            transaction,
-            model_rows.Model(
-                id=attempt.model_id,
-                tenant=job.tenant,
-                name=f"{stem}-{task.suffix or job.spec.display_name or 'tuned'}",
-                job_id=job.id,
-                base_model=task.base_model,
-                adaptation=task.WhichOneof("adaptation") or "lora",
-                step=outcome.finished.step,
-                size_bytes=outcome.finished.size_bytes,
-                metrics=dict(outcome.finished.metrics),
-                create_time=change.now,
-                training_dataset=task.training_dataset,
-                validation_dataset=task.validation_dataset,
-            ),
-        )
+        message = await self._keep_model(transaction, change, attempt, outcome.finished)
         if job.state == PREPARING:
             change.move(RUNNING, "TRAINING")
         progress = Progress()
         progress.CopyFrom(job.progress)
         progress.eta_seconds = 0  # training that stopped early has steps left
         change.set(progress=progress)
-        change.move(SUCCEEDED, "FINISHED", model_id=attempt.model_id)
+        change.move(SUCCEEDED, "FINISHED", message, model_id=attempt.model_id)
+
+    async def _keep_model(self, transaction: Transaction, change: Change, attempt: Attempt, finished: Finished) -> str:
+        """Adds the model, as the next version of the name that the job asks for; returns what there is to say of it."""
+        job = change.job
+        model = made_by(
+            job,
+            model_id=attempt.model_id,
+            step=finished.step,
+            size_bytes=finished.size_bytes,
+            metrics=dict(finished.metrics),
+            now=change.now,
+            base_licence=finished.base_licence,
+            base_model_revision=finished.base_revision,
+        )
+        await model_rows.insert(transaction, model)
+        name = job.resolved_spec.fine_tune.model_name
+        if not name:
+            return ""
+        version = await name_rows.register(transaction, job.tenant, name, model.id, change.now)
+        return f"the model is {name}@{version.version}"
+
+    async def _keep_export(
+        self, transaction: Transaction, change: Change, attempt: Attempt, finished: Finished
+    ) -> None:
+        job, task = change.job, change.job.resolved_spec.export
+        await export_rows.insert(
+            transaction,
+            export_rows.Export(
+                id=attempt.export_id,
+                tenant=job.tenant,
+                model_id=task.model,
+                job_id=job.id,
+                task=task,
+                files=tuple(finished.files),
+                proof=finished.proof,
+                size_bytes=finished.size_bytes,
+                destination_uri=finished.destination_uri,
+                create_time=change.now,
+            ),
+        )
+        if job.state == PREPARING:
+            change.move(RUNNING, "EXPORTING")
+        change.move(SUCCEEDED, "FINISHED", export_id=attempt.export_id)
 
 
 def _may_retry(job: Job) -> bool:
@@ -284,6 +330,10 @@ def _take(change: Change, attempt: Attempt, report: TrainerReport, checkpoints: 
         if change.job.state == PREPARING:
             change.move(RUNNING, "TRAINING")
         change.set(progress=_progress(payload, change.job))
+    elif isinstance(payload, PhaseProgressed):
+        # An export makes no steps.
+        if payload.phase == Phase.PHASE_EXPORTING and change.job.state == PREPARING:
+            change.move(RUNNING, "EXPORTING")
     elif isinstance(payload, CheckpointSaved):
         checkpoints.append(
             Checkpoint(change.job.id, payload.step, attempt.number, payload.directory, payload.size_bytes, change.now)

@@ -1,7 +1,8 @@
 """`luthierd backup` and `luthierd restore`: a copy of all that cannot be made again, taken while the server runs.
 
-A backup holds the database (by SQLite's backup API, so a moment of it), and the datasets, models and checkpoints that
-the database names. Spools and logs stay behind: a job that was training goes on from its newest checkpoint.
+A backup holds the database (by SQLite's backup API, so a moment of it), and the datasets, models, exports and
+checkpoints that the database names. Spools and logs stay behind: a job that was training goes on from its newest
+checkpoint.
 """
 
 import argparse
@@ -36,6 +37,7 @@ def _wanted(database: sqlite3.Connection) -> list[Path]:
     return [
         *(Path("blobs") / each for each in _rows(database, "SELECT DISTINCT sha256 FROM datasets")),
         *(Path("models") / each for each in _rows(database, "SELECT id FROM models")),
+        *(Path("exports") / each for each in _rows(database, "SELECT id FROM exports")),
         *_rows(database, "SELECT 'jobs', job_id, 'checkpoints', directory FROM checkpoints"),
     ]
 
@@ -67,7 +69,7 @@ def backup(data_dir: Path, target: Path) -> dict[str, int]:
     aside = target.with_name(f"{target.name}.partial")
     shutil.rmtree(aside, ignore_errors=True)
     aside.mkdir(parents=True)
-    counts = {"blobs": 0, "models": 0, "jobs": 0, "missing": 0}
+    counts = {"blobs": 0, "models": 0, "exports": 0, "jobs": 0, "missing": 0}
     with (
         contextlib.closing(
             sqlite3.connect(f"{(data_dir / _DATABASE).absolute().as_uri()}?mode=ro", uri=True)
@@ -127,8 +129,8 @@ def backup_command(arguments: Sequence[str]) -> int:
     options = parser.parse_args(arguments)
     counts = backup(_data_dir(options.data_dir), options.folder)
     sys.stdout.write(
-        f"backed up the database, {counts['blobs']} datasets, {counts['models']} models and {counts['jobs']} "
-        f"checkpoints to {options.folder}\n"
+        f"backed up the database, {counts['blobs']} datasets, {counts['models']} models, {counts['exports']} exports"
+        f" and {counts['jobs']} checkpoints to {options.folder}\n"
     )
     if counts["missing"]:
         sys.stderr.write(f"{counts['missing']} files that the database names are missing: run luthierd doctor\n")

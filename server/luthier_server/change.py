@@ -60,16 +60,19 @@ class Change:
         *,
         error: JobError | None = None,
         model_id: str = "",
+        export_id: str = "",
     ) -> None:
         """Changes the state, and says so in an event. Raises IllegalTransition."""
         before = self.job.state
         check_transition(before, state)
-        moved = StateChanged(from_state=before, state=state, reason=reason, message=message, model_id=model_id)
+        moved = StateChanged(
+            from_state=before, state=state, reason=reason, message=message, model_id=model_id, export_id=export_id
+        )
         if error is not None:
             moved.error.CopyFrom(error)
             self.set(error=error)
         self.emit(moved)
-        self.set(state=state, model_id=model_id or self.job.model_id)
+        self.set(state=state, model_id=model_id or self.job.model_id, export_id=export_id or self.job.export_id)
         if state != PAUSED:
             self.set(pause_reason="")
         if state != QUEUED:

@@ -22,6 +22,7 @@ from luthier_server.data_work import DataWork, WorkFailed, WorkLimits, WorkProgr
 from luthier_server.datasets import Datasets
 from luthier_server.errors import InvalidArgument, Violation, sentences
 from luthier_server.job import Job
+from luthier_server.references import References
 from luthier_server.registry import Registry
 from luthier_server.secrets import Secrets
 from luthier_server.store.datasets import Dataset
@@ -39,6 +40,7 @@ class Checks:
         self,
         datasets: Datasets,
         registry: Registry,
+        references: References,
         jobs: JobRows,
         work: DataWork,
         secrets: Secrets,
@@ -49,6 +51,7 @@ class Checks:
     ) -> None:
         self._datasets = datasets
         self._registry = registry
+        self._references = references
         self._jobs = jobs
         self._work = work
         self._secrets = secrets
@@ -63,7 +66,7 @@ class Checks:
     async def preview(self, tenant: str, request: PreviewDatasetRequest) -> PreviewDatasetResponse:
         """Rows as the model will see them. Raises NotFound, InvalidArgument, WorkFailed, Unavailable."""
         dataset = await self._datasets.find(tenant, request.dataset)
-        wanted = _wanted(request)
+        wanted = await self._wanted(tenant, request)
         task = await self._task(tenant, wanted, dataset, None)
         task.preview.CopyFrom(PreviewWork(count=request.count or _ROWS, lines=request.lines))
         async with self._previews:
@@ -77,7 +80,7 @@ class Checks:
         validation = (
             await self._datasets.find(tenant, request.validation_dataset) if request.validation_dataset else None
         )
-        wanted = _wanted(request)
+        wanted = await self._wanted(tenant, request)
         news: asyncio.Queue[TransferProgress | None] = asyncio.Queue()
         checking = asyncio.create_task(
             self._check(tenant, wanted, training, validation, lambda each: news.put_nowait(_transfer(each.progress)))
@@ -148,6 +151,19 @@ class Checks:
         if validation is not None:
             await self._datasets.save_token_report(tenant, reports.validation)
 
+    async def _wanted(self, tenant: str, request: PreviewDatasetRequest | CheckDatasetRequest) -> FineTuneTask:
+        """The job that the dataset is looked at for. Raises InvalidArgument."""
+        specs.refuse(list(specs.tokenization_violations(request.tokenization, "tokenization")))
+        wanted = FineTuneTask(
+            base_model=await self._references.base(tenant, request.base_model),
+            base_model_revision=request.base_model_revision,
+            tokenization=request.tokenization,
+            hub_token_secret=request.hub_token_secret,
+        )
+        if request.HasField("max_length"):
+            wanted.hyperparameters.max_length = request.max_length
+        return wanted
+
     async def _task(
         self, tenant: str, wanted: FineTuneTask, training: Dataset, validation: Dataset | None
     ) -> TrainerTask:
@@ -209,20 +225,6 @@ class _Places:
         await self._aside.acquire()  # at once
         self._held[job_id] = self._aside
         self._waited_for.release()
-
-
-def _wanted(request: PreviewDatasetRequest | CheckDatasetRequest) -> FineTuneTask:
-    """The job that the dataset is looked at for. Raises InvalidArgument."""
-    specs.refuse(list(specs.tokenization_violations(request.tokenization, "tokenization")))
-    wanted = FineTuneTask(
-        base_model=request.base_model,
-        base_model_revision=request.base_model_revision,
-        tokenization=request.tokenization,
-        hub_token_secret=request.hub_token_secret,
-    )
-    if request.HasField("max_length"):
-        wanted.hyperparameters.max_length = request.max_length
-    return wanted
 
 
 def _transfer(progress: PhaseProgressed) -> TransferProgress:

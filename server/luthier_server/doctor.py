@@ -17,6 +17,7 @@ from importlib import resources
 from pathlib import Path
 
 from luthier.trainer import attempt
+from luthier.v1.models_pb2 import DownloadManifest
 from luthier_server import settings
 from luthier_server.settings import Settings
 
@@ -105,6 +106,7 @@ def _database(data_dir: Path, deep: bool) -> Iterator[Finding]:
                 yield from _spools(database, data_dir)
                 yield from _blobs(database, data_dir, deep)
                 yield from _models(database, data_dir)
+                yield from _exports(database, data_dir)
                 yield from _checkpoints(database, data_dir)
     except sqlite3.DatabaseError as error:
         yield Finding(BAD, "database", str(error), "stop luthierd and restore a backup")
@@ -165,6 +167,24 @@ def _models(database: sqlite3.Connection, data_dir: Path) -> Iterator[Finding]:
         yield Finding(BAD, "models", f"the files of {each} are gone", "restore a backup")
     if not gone:
         yield Finding(OK, "models", f"{len(found)} there")
+
+
+def _exports(database: sqlite3.Connection, data_dir: Path) -> Iterator[Finding]:
+    sound = 0
+    for row in database.execute("SELECT id, files FROM exports"):
+        files = DownloadManifest.FromString(row["files"]).files
+        wrong = [each.path for each in files if _size(data_dir / "exports" / row["id"] / each.path) != each.size_bytes]
+        if wrong:
+            text = f"{row['id']}: {', '.join(wrong[:5])} is missing or damaged"
+            yield Finding(BAD, "exports", text, "delete it and export the model again")
+        else:
+            sound += 1
+    yield Finding(OK, "exports", f"{sound} sound")
+
+
+def _size(path: Path) -> int:
+    """Bytes of a file; -1 for none."""
+    return path.stat().st_size if path.is_file() else -1
 
 
 def _checkpoints(database: sqlite3.Connection, data_dir: Path) -> Iterator[Finding]:

@@ -40,6 +40,15 @@ class Violation:
     description: str
 
 
+@dataclass(frozen=True, slots=True)
+class Obstacle:
+    """One thing that is in the way: a stable name for what it is, which one, and what to do about it."""
+
+    kind: str
+    subject: str
+    description: str
+
+
 class LuthierError(Exception):
     """An error that its reader can act on. `reason` is stable, `message` is for people."""
 
@@ -105,15 +114,22 @@ class AlreadyExists(LuthierError):
 
 
 class FailedPrecondition(LuthierError):
-    """Not possible in this state; `subject` names what is in the way."""
+    """Not possible in this state; `subject` names what is in the way, or `obstacles` all that is."""
 
     reason = "FAILED_PRECONDITION"
 
     def __init__(
-        self, message: str, *, subject: str, reason: str = "", metadata: Mapping[str, str] | None = None
+        self,
+        message: str,
+        *,
+        subject: str,
+        reason: str = "",
+        metadata: Mapping[str, str] | None = None,
+        obstacles: Sequence[Obstacle] = (),
     ) -> None:
         super().__init__(message, reason=reason, metadata=metadata)
         self.subject = subject
+        self.obstacles = tuple(obstacles) or (Obstacle(self.reason, subject, message),)
 
 
 class ForeignHistory(FailedPrecondition):

@@ -4,6 +4,7 @@ from collections.abc import Mapping
 from dataclasses import dataclass
 
 from luthier.v1.job_pb2 import JobError, JobSpec, JobState, Progress
+from luthier_server.lanes import Lane, lane_of
 
 VALIDATING = JobState.JOB_STATE_VALIDATING
 QUEUED = JobState.JOB_STATE_QUEUED
@@ -69,6 +70,17 @@ class Job:
     retry_time: int = 0
     pause_reason: str = ""
     compacted_sequence: int = 0
+    export_id: str = ""
+
+    @property
+    def lane(self) -> Lane:
+        """What it takes up while it runs."""
+        return lane_of(self.resolved_spec)
+
+    @property
+    def is_export(self) -> bool:
+        """Whether it writes a model in another form. Such a job has no checkpoints: each attempt starts over."""
+        return self.resolved_spec.WhichOneof("task") == "export"
 
     @property
     def terminal(self) -> bool:

@@ -2,22 +2,20 @@
 
 import asyncio
 import dataclasses
-import hashlib
-import os
+import functools
 import shutil
 import sqlite3
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Awaitable, Callable, Mapping, Sequence
 from pathlib import Path
 
 import structlog
 
-from luthier.v1.event_pb2 import LogEmitted, LogLevel
-from luthier.v1.job_pb2 import JobError, JobSpec, JobState, Progress
+from luthier.v1.job_pb2 import FineTuneTask, JobSpec, JobState
 from luthier_server import auto, failpoints
 from luthier_server import spec as specs
 from luthier_server.change import Change
 from luthier_server.datasets import Datasets
-from luthier_server.errors import AlreadyExists, Draining, Exhausted, FailedPrecondition, NotFound, Violation
+from luthier_server.errors import Draining, FailedPrecondition, NotFound, Violation
 from luthier_server.fitting import Fitting
 from luthier_server.hub import Hub
 from luthier_server.ids import Ids
@@ -29,18 +27,20 @@ from luthier_server.job import (
     PAUSED,
     PAUSING,
     QUEUED,
+    SUCCEEDED,
     VALIDATING,
     Job,
 )
+from luthier_server.linking import link_tree
+from luthier_server.references import References, is_model_id
 from luthier_server.registry import Registry
-from luthier_server.store import datasets as dataset_rows
 from luthier_server.store import jobs as rows
 from luthier_server.store.database import Database, Transaction
 from luthier_server.store.jobs import Checkpoint
+from luthier_server.submission import Draft, body_of, new_job, same_request, store
 from luthier_server.tasks import Resolved
 
 log = structlog.get_logger()
-_LAST = frozenset({"finished", "failed", "stopped"})
 
 
 def microseconds() -> int:
@@ -57,7 +57,9 @@ class Jobs:
         hub: Hub,
         datasets: Datasets,
         registry: Registry,
+        references: References,
         jobs_dir: Path,
+        exports_dir: Path,
         *,
         job_ids: Ids,
         max_queued: int,
@@ -70,7 +72,9 @@ class Jobs:
         self._hub = hub
         self._datasets = datasets
         self._registry = registry
+        self._references = references
         self._jobs_dir = jobs_dir
+        self._exports_dir = exports_dir
         self._job_ids = job_ids
         self._max_queued = max_queued
         self._first_state = VALIDATING if validates else QUEUED
@@ -90,75 +94,59 @@ class Jobs:
         Raises InvalidArgument with every violation, NotFound for a dataset or model, AlreadyExists when the request id
         was used for another spec, FailedPrecondition when the machine is too small, Exhausted when the queue is full.
         """
+
+        async def draw() -> Draft:
+            found = await self.resolve(tenant, spec)
+            source = await self._origin(tenant, found.spec)
+            if self._fitting is not None:
+                await self._fitting.require(found)
+            return Draft(
+                found.spec,
+                self._first_state,
+                found.dataset_ids,
+                found.reasons,
+                model_id=base_model if is_model_id(base_model := found.spec.fine_tune.base_model) else "",
+                checkpoint_of=source.job_id if source else "",
+                link=functools.partial(self._take_origin, source) if source else None,
+            )
+
+        return await self.submit(tenant, spec, request_id, validate_only, draw)
+
+    async def submit(
+        self, tenant: str, spec: JobSpec, request_id: str, validate_only: bool, draw: Callable[[], Awaitable[Draft]]
+    ) -> Job:
+        """Makes the job that `draw` has drafted for a spec, or finds the one that the same request made before.
+
+        Raises what `draw` raises, AlreadyExists when the request id was used for another spec, FailedPrecondition when
+        its job was deleted, Exhausted when the queue is full, Draining.
+        """
         if self._draining:
             raise Draining()
-        body = hashlib.sha256(spec.SerializeToString(deterministic=True)).hexdigest()
+        body = body_of(spec)
         if request_id and (earlier := await self._rows.by_request(tenant, request_id)):
-            return _same_request(*earlier, body, request_id)
-        found = await self.resolve(tenant, spec)
-        resolved = found.spec
-        source = await self._origin(tenant, resolved)
-        if self._fitting is not None:
-            await self._fitting.require(found)
-        now = self._clock()
-        job = Job(
-            id="" if validate_only else self._job_ids.new("job"),
-            tenant=tenant,
-            state=JobState.JOB_STATE_UNSPECIFIED,
-            spec=spec,
-            resolved_spec=resolved,
-            error=JobError(),
-            progress=Progress(),
-            attempt=0,
-            retries=0,
-            last_sequence=0,
-            model_id="",
-            create_time=now,
-            start_time=0,
-            end_time=0,
-        )
+            return same_request(*earlier, body, request_id)
+        draft = await draw()
+        job = new_job("" if validate_only else self._job_ids.new("job"), tenant, spec, draft.resolved, self._clock())
         if validate_only:
-            return dataclasses.replace(job, state=self._first_state)
-        origin = await self._take_origin(job, source) if source else []
+            return dataclasses.replace(job, state=draft.first_state)
 
         async def work(transaction: Transaction) -> Job:
-            [count] = await transaction.fetch(
-                "SELECT count(*) AS queued FROM jobs WHERE tenant = ? AND state IN (?, ?)",
-                (tenant, QUEUED, VALIDATING),
-            )
-            if count["queued"] >= self._max_queued:
-                raise Exhausted(
-                    f"{count['queued']} jobs wait already: try again when some have ended",
-                    subject="queue",
-                    reason="QUEUE_FULL",
-                    retry_seconds=30,
-                )
-            if request_id and (buried := await rows.tombstone(transaction, tenant, request_id)):
-                _refuse_buried(*buried, body, request_id)
-            await rows.insert(transaction, job, request_id, body)
-            await rows.insert_checkpoints(transaction, tenant, origin)
-            for dataset_id in found.dataset_ids:
-                if not await dataset_rows.present(transaction, tenant, dataset_id):
-                    raise NotFound("dataset", dataset_id)
-                await dataset_rows.hold(transaction, tenant, dataset_id, job.id)
-            change = Change(job, now)
-            if self._first_state == VALIDATING:
-                change.move(VALIDATING, "SUBMITTED", "its datasets are checked for its base model")
+            change = await store(transaction, job, draft, checkpoints, request_id, body, self._max_queued)
+            if draft.first_state == VALIDATING:
                 transaction.after_commit(self.to_validate.set)
-            else:
-                change.move(QUEUED, "SUBMITTED", "waits for a free slot")
-            for reason in found.reasons:
-                change.emit(LogEmitted(level=LogLevel.LOG_LEVEL_INFO, message=reason))
             return await change.commit(transaction, self._hub, self.changed.set)
 
         try:
+            checkpoints = await draft.link(job) if draft.link is not None else []
             return await self._database.write(work)
-        except sqlite3.IntegrityError:
+        except Exception as error:
             await asyncio.to_thread(shutil.rmtree, self._jobs_dir / job.id, ignore_errors=True)
+            if not isinstance(error, sqlite3.IntegrityError):
+                raise
             earlier = await self._rows.by_request(tenant, request_id)
             if earlier is None:
                 raise
-            return _same_request(*earlier, body, request_id)
+            return same_request(*earlier, body, request_id)
 
     async def resolve(self, tenant: str, spec: JobSpec) -> Resolved:
         """What a spec means: every default, and the model and rows that it names. Raises InvalidArgument with every
@@ -171,7 +159,8 @@ class Jobs:
         if task.validation_dataset:
             validation = await self._datasets.find(tenant, task.validation_dataset)
             violations += specs.format_violations("validation_dataset", validation.format)
-        base = await self._registry.base(tenant, task.base_model)
+        base_model = await self._references.base(tenant, task.base_model)
+        base = await self._registry.base(tenant, base_model)
         if task.WhichOneof("adaptation") != "full":
             violations += specs.module_violations(task.lora, base.module_names, task.base_model)
         elif base.adapter_dir:
@@ -191,6 +180,7 @@ class Jobs:
         resolved = specs.resolved(
             decided, rows=training.row_count, max_positions=base.max_positions, row_format=training.format
         )
+        resolved.fine_tune.base_model = base_model
         resolved.fine_tune.training_dataset = training.id
         if validation is not None:
             resolved.fine_tune.validation_dataset = validation.id
@@ -201,27 +191,36 @@ class Jobs:
         task = resolved.fine_tune
         if not task.resume_from:
             return None
-        job_id, _, step = task.resume_from.partition(":step-")
-        before = (await self.get(tenant, job_id)).resolved_spec.fine_tune
+        found = await self._references.find(tenant, task.resume_from)
+        before = FineTuneTask()  # what the store gives out belongs to all
+        before.CopyFrom((await self.get(tenant, found.job_id)).resolved_spec.fine_tune)
         specs.resolve_adaptation(before)
-        directory = await self.checkpoint_dir(tenant, job_id, int(step))
         specs.refuse(
             [
-                Violation(f"spec.fine_tune.{field}", f"must be as in {job_id}, whose checkpoint is gone on from")
+                Violation(f"spec.fine_tune.{field}", f"must be as in {found.job_id}, whose checkpoint is gone on from")
                 for field in ("base_model", "base_model_revision", "training_dataset", "lora", "full")
                 if getattr(before, field) != getattr(task, field)
             ]
         )
-        known = await self._rows.checkpoints(tenant, job_id)
-        return next(each for each in known if each.directory == directory.name)
+        return found.checkpoint
 
-    async def _take_origin(self, job: Job, source: Checkpoint) -> list[Checkpoint]:
+    async def _take_origin(self, source: Checkpoint, job: Job) -> list[Checkpoint]:
         """Links another job's checkpoint into the new job, as of attempt 0, so that it outlives the other job."""
         name = f"{source.step:06d}-a0"
-        there = self._jobs_dir / source.job_id / "checkpoints" / source.directory
-        here = self._jobs_dir / job.id / "checkpoints" / name
-        await asyncio.to_thread(shutil.copytree, there, here, copy_function=_link)
+        await self.link(source, self._jobs_dir / job.id / "checkpoints" / name)
         return [Checkpoint(job.id, source.step, 0, name, source.size_bytes, job.create_time)]
+
+    async def link(self, checkpoint: Checkpoint, target: Path) -> None:
+        """Makes a directory that holds a checkpoint's files, whole or not at all; they stay there when the checkpoint
+        goes. Raises NotFound when it has gone."""
+        there = self._references.checkpoint_dir(checkpoint)
+        try:
+            await asyncio.to_thread(link_tree, there, target)
+        except OSError as error:
+            if there.is_dir():
+                raise
+            name = f"{checkpoint.job_id}:step-{checkpoint.step}"
+            raise NotFound("checkpoint", name, "it was pruned meanwhile") from error
 
     async def get(self, tenant: str, job_id: str) -> Job:
         """The job. Raises NotFound."""
@@ -254,32 +253,28 @@ class Jobs:
         return await self._rows.unchecked(reason)
 
     async def queue_positions(self, tenant: str) -> dict[str, int]:
-        """Place in the queue, from 1, of every job that waits."""
-        return {job_id: place for place, job_id in enumerate(await self._rows.queued_ids(tenant), start=1)}
-
-    async def checkpoint_dir(self, tenant: str, job_id: str, step: int) -> Path:
-        """The newest attempt's checkpoint of that step. Raises NotFound."""
-        await self.get(tenant, job_id)
-        name = f"{job_id}:step-{step}"
-        known = await self._rows.checkpoints(tenant, job_id)
-        for each in known:
-            path = self._jobs_dir / job_id / "checkpoints" / each.directory
-            if each.step == step and path.is_dir():
-                return path
-        there = sorted({each.step for each in known if self._kept(each)})
-        raise NotFound("checkpoint", name, f"the job has steps {', '.join(map(str, there)) or 'none'}")
+        """Place in the queue of its lane, from 1, of every job that waits."""
+        waiting: dict[str, int] = {}
+        places: dict[str, int] = {}
+        for job_id, lane in await self._rows.queued(tenant):
+            waiting[lane] = places[job_id] = waiting.get(lane, 0) + 1
+        return places
 
     async def checkpoints(self, tenant: str, job_id: str) -> list[Checkpoint]:
         """The checkpoints on disk, newest first: by attempt, then by step. Raises NotFound."""
         await self.get(tenant, job_id)
         return await self.resume_points(tenant, job_id)
 
+    async def noted_checkpoint(self, tenant: str, name: str) -> Checkpoint | None:
+        """What is known of the checkpoint `job_...:step-200`, also when it was pruned; None for nothing."""
+        job_id, _, step = name.partition(":step-")
+        known = await self._rows.checkpoints(tenant, job_id)
+        return next((each for each in known if str(each.step) == step), None)
+
     async def resume_points(self, tenant: str, job_id: str) -> list[Checkpoint]:
         """Where a job's next attempt may go on from, best first."""
-        return [each for each in await self._rows.checkpoints(tenant, job_id) if self._kept(each)]
-
-    def _kept(self, checkpoint: Checkpoint) -> bool:
-        return (self._jobs_dir / checkpoint.job_id / "checkpoints" / checkpoint.directory).is_dir()
+        known = await self._rows.checkpoints(tenant, job_id)
+        return [each for each in known if self._references.checkpoint_dir(each).is_dir()]
 
     async def cancel(self, tenant: str, job_id: str) -> Job:
         """Asks a job to stop; one that no trainer works on is CANCELLED at once.
@@ -292,7 +287,7 @@ class Jobs:
                 return
             _refuse_ended(change.job, "cancelled")
             if change.job.state in ACTIVE:
-                change.move(CANCELLING, "CANCEL_REQUESTED", "the trainer saves a checkpoint and leaves")
+                change.move(CANCELLING, "CANCEL_REQUESTED", _leaving(change.job))
             else:
                 change.move(CANCELLED, "CANCEL_REQUESTED")
 
@@ -318,7 +313,7 @@ class Jobs:
                     reason="JOB_VALIDATING",
                 )
             if change.job.state in ACTIVE:
-                change.move(PAUSING, "PAUSE_REQUESTED", "the trainer saves a checkpoint and leaves")
+                change.move(PAUSING, "PAUSE_REQUESTED", _leaving(change.job))
             else:
                 change.move(PAUSED, "PAUSE_REQUESTED")
                 change.set(pause_reason="PAUSE_REQUESTED")
@@ -361,7 +356,25 @@ class Jobs:
                 transaction.after_commit(self.to_validate.set)
             return await change.commit(transaction, self._hub, self.changed.set)
 
-        return await self._database.write(work)
+        job = await self._database.write(work)
+        await self.let_go(job)
+        return job
+
+    def source_dir(self, job_id: str) -> Path:
+        """Where an export job keeps the checkpoint that it exports, until it ends."""
+        return self._jobs_dir / job_id / "source"
+
+    async def let_go(self, job: Job) -> None:
+        """Removes what a job needed until its end, if this is it, and an export that came to nothing."""
+        if not (job.terminal and job.is_export):
+            return
+        await asyncio.to_thread(shutil.rmtree, self.source_dir(job.id), ignore_errors=True)
+        if job.state != SUCCEEDED and job.attempt:
+            await self._discard((await self._rows.attempt(job.id, job.attempt)).export_id)
+
+    async def _discard(self, export_id: str) -> None:
+        for name in (export_id, f".tmp-{export_id}"):
+            await asyncio.to_thread(shutil.rmtree, self._exports_dir / name, ignore_errors=True)
 
     async def delete(self, tenant: str, job_id: str) -> Job:
         """Deletes a job at rest: its events, spools and checkpoints. Its model stays; its watches end NOT_FOUND.
@@ -369,13 +382,25 @@ class Jobs:
         Raises NotFound, and FailedPrecondition while a trainer works on it or it waits for one.
         """
 
+        unfinished = ""
+
         async def work(transaction: Transaction) -> Job:
+            nonlocal unfinished
             job = await rows.load(transaction, job_id)
             if job is None or job.tenant != tenant:
                 raise NotFound("job", job_id)
+            if job.is_export and job.attempt and job.state != SUCCEEDED:
+                unfinished = (await rows.load_attempt(transaction, job_id, job.attempt)).export_id
             if job.state not in AT_REST:
                 raise FailedPrecondition(
                     f"job '{job_id}' is not at rest: cancel or pause it first", subject=job_id, reason="JOB_NOT_AT_REST"
+                )
+            if exporting := await rows.exporting_checkpoints(transaction, tenant, job_id):
+                raise FailedPrecondition(
+                    f"a checkpoint of job '{job_id}' is being exported by {', '.join(exporting)}: wait for it, or"
+                    " cancel it",
+                    subject=job_id,
+                    reason="JOB_IN_USE",
                 )
             await rows.bury(transaction, job, self._clock())
             transaction.after_commit(lambda: self._hub.delete(job_id))
@@ -383,7 +408,13 @@ class Jobs:
 
         job = await self._database.write(work)
         await asyncio.to_thread(shutil.rmtree, self._jobs_dir / job_id, ignore_errors=True)
+        if unfinished:
+            await self._discard(unfinished)
         return job
+
+
+def _leaving(job: Job) -> str:
+    return "the trainer leaves" if job.is_export else "the trainer saves a checkpoint and leaves"
 
 
 def _refuse_ended(job: Job, verb: str) -> None:
@@ -395,36 +426,3 @@ def _refuse_ended(job: Job, verb: str) -> None:
             reason="JOB_ENDED",
             metadata={"state": name},
         )
-
-
-def _same_request(job: Job, body_then: str, body: str, request_id: str) -> Job:
-    if body_then != body:
-        raise AlreadyExists(
-            f"request_id {request_id} was used for another spec: send a new one",
-            kind="request_id",
-            name=request_id,
-            reason="REQUEST_ID_REUSED",
-        )
-    return job
-
-
-def _refuse_buried(job_id: str, body_then: str, body: str, request_id: str) -> None:
-    if body_then == body:
-        raise FailedPrecondition(
-            f"request_id {request_id} made job '{job_id}', which was deleted: send a new one",
-            subject=job_id,
-            reason="JOB_DELETED",
-        )
-    raise AlreadyExists(
-        f"request_id {request_id} was used for another spec: send a new one",
-        kind="request_id",
-        name=request_id,
-        reason="REQUEST_ID_REUSED",
-    )
-
-
-def _link(source: str, target: str) -> None:
-    try:
-        os.link(source, target)
-    except OSError:
-        shutil.copy2(source, target)

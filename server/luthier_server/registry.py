@@ -1,29 +1,14 @@
 """Models: what a job can start from, and what jobs made."""
 
-import asyncio
-import hashlib
-import re
-from collections.abc import Sequence
-from dataclasses import dataclass
+from collections.abc import Mapping, Sequence
 from pathlib import Path
 
 from luthier.trainer.v1.report_pb2 import ModelReport
-from luthier_server.errors import InvalidArgument, NotFound, Violation
+from luthier_server.errors import InvalidArgument, Violation
+from luthier_server.references import is_model_id
 from luthier_server.store.database import Database
 from luthier_server.store.models import Model, Models
 from luthier_server.workers import Workers
-
-_MODEL_ID = re.compile(r"model_[0-9A-HJKMNP-TV-Z]{26}")
-
-
-@dataclass(frozen=True, slots=True)
-class File:
-    """A file of a model or checkpoint: its path on disk and as it is called from outside."""
-
-    path: Path
-    name: str
-    size_bytes: int
-    sha256: str
 
 
 class Registry:
@@ -40,16 +25,11 @@ class Registry:
         """Where a model's files lie."""
         return self._models_dir / model_id
 
-    async def get(self, tenant: str, model_id: str) -> Model:
-        """The model. Raises NotFound."""
-        model = await self._rows.get(tenant, model_id)
-        if model is None:
-            raise NotFound("model", model_id)
-        return model
-
-    async def page(self, tenant: str, *, below: str, limit: int, id_prefix: str) -> list[Model]:
+    async def page(
+        self, tenant: str, *, below: str, limit: int, id_prefix: str, name: str, tags: Mapping[str, str]
+    ) -> list[Model]:
         """Models newest first, with ids below `below` (empty: from the newest)."""
-        return await self._rows.page(tenant, below=below, limit=limit, id_prefix=id_prefix)
+        return await self._rows.page(tenant, below=below, limit=limit, id_prefix=id_prefix, name=name, tags=tags)
 
     async def base(self, tenant: str, base_model: str) -> ModelReport:
         """Where a job's base model comes from. Raises InvalidArgument with what is wrong with it.
@@ -63,7 +43,7 @@ class Registry:
             raise InvalidArgument(f"{rule.field}: {rule.description}", [rule], reason="MODEL_NOT_FOUND")
         name = base_model
         if base_model.startswith("model_"):
-            if not _MODEL_ID.fullmatch(base_model) or await self._rows.get(tenant, base_model) is None:
+            if not is_model_id(base_model) or await self._rows.get(tenant, base_model) is None:
                 raise InvalidArgument(
                     f"there is no model '{base_model}'",
                     [Violation("spec.fine_tune.base_model", f"there is no model '{base_model}': see ListModels")],
@@ -80,19 +60,3 @@ class Registry:
         if base_model.startswith("builtin/"):
             self._builtin[base_model] = report
         return report
-
-    async def files(self, directory: Path) -> list[File]:
-        """Every file below a model's or checkpoint's directory, hashed, in a stable order. Raises NotFound."""
-        if not directory.is_dir():
-            raise NotFound("model", directory.name, "its files are gone")
-        return await asyncio.to_thread(_files, directory)
-
-
-def _files(directory: Path) -> list[File]:
-    found = []
-    for path in sorted(directory.rglob("*")):
-        if path.is_file() and not path.is_symlink():
-            with open(path, "rb") as file:
-                sha256 = hashlib.file_digest(file, "sha256").hexdigest()
-            found.append(File(path, path.relative_to(directory).as_posix(), path.stat().st_size, sha256))
-    return found

@@ -36,6 +36,7 @@ class Settings:
     listen: str = _option("127.0.0.1:50051", "address to serve gRPC on, HOST:PORT; port 0 takes a free one")
     data_dir: Path = _option(_data_dir, "folder for the database, datasets, checkpoints and models")
     slots: int = _option(0, "jobs that run at once; 0 means one per GPU, or one without", metavar="N")
+    cpu_slots: int = _option(1, "exports that run at once, beside the jobs that train", metavar="N")
     tls_cert: Path | None = _option(None, "certificate chain (PEM) to speak TLS with; read again when it changes")
     tls_key: Path | None = _option(None, "key (PEM) of the certificate, without a password; read again when it changes")
     tls_ca: Path | None = _option(None, "authority (PEM) that `luthierd health` checks the certificate with")
@@ -61,6 +62,10 @@ class Settings:
         (), "bucket that datasets may be imported from, such as s3://data/train; may be repeated", metavar="URL"
     )
     import_root: tuple[Path, ...] = _option(tuple, "folder that datasets may be imported from; may be repeated")
+    export_root: tuple[Path, ...] = _option(tuple, "folder that exports may be copied into; may be repeated")
+    llama_cpp_dir: Path | None = _option(
+        None, "folder of a llama.cpp whose converter writes the GGUF files of models that Luthier's own does not know"
+    )
     max_watchers: int = _option(20_000, "watches that may be open", metavar="N")
     heartbeat_seconds: float = _option(15.0, "idle time after which a watch carries a heartbeat", metavar="S")
     slow_consumer_seconds: float = _option(30.0, "time after which a watcher that does not read is let go", metavar="S")
@@ -198,8 +203,15 @@ def _check(settings: Settings) -> None:
     for name in ("slots", "threads", "device_memory_bytes", "price_per_device_hour"):
         if not 0 <= getattr(settings, name) < 2**63:
             raise SettingsError(f"--{name.replace('_', '-')} must not be negative")
+    if settings.cpu_slots < 1:
+        raise SettingsError("--cpu-slots must be at least 1: exports would wait for ever")
     if len(settings.currency) != 3 or not settings.currency.isascii() or not settings.currency.isupper():
         raise SettingsError(f"--currency must be three capital letters such as EUR, not '{settings.currency}'")
     for root in settings.model_root:
         if not root.is_dir():
             raise SettingsError(f"--model-root {root}: there is no such folder")
+    for root in settings.export_root:
+        if not root.is_dir():
+            raise SettingsError(f"--export-root {root}: there is no such folder")
+    if settings.llama_cpp_dir is not None and not settings.llama_cpp_dir.is_dir():
+        raise SettingsError(f"--llama-cpp-dir {settings.llama_cpp_dir}: there is no such folder")

@@ -38,6 +38,7 @@ _NOT_SUPERVISED = {
     DatasetFormat.DATASET_FORMAT_PROMPT_ONLY: "prompts without answers, which need a reinforcement objective; none is"
     " offered yet",
 }
+_ID_PREFIXES = ("model_", "job_", "ds_", "export_")
 _validator = protovalidate.Validator()
 
 
@@ -77,9 +78,12 @@ def cross_violations(spec: JobSpec) -> Iterator[Violation]:
         yield Violation("spec.priority", "is not honoured yet: leave it unset")
     if spec.HasField("resources"):
         yield Violation("spec.resources", "is not honoured yet: leave it unset")
+    if spec.WhichOneof("task") == "export":
+        yield Violation("spec.export", "is created by Models.ExportModel (luthier model export), not here")
     if spec.WhichOneof("task") != "fine_tune":
         return
     task = spec.fine_tune
+    yield from name_violations(task.model_name, "spec.fine_tune.model_name")
     numbers = task.hyperparameters
     path = "spec.fine_tune.hyperparameters"
     if _epochs(numbers) == 0 and not numbers.max_steps:
@@ -151,6 +155,15 @@ def _rate_violations(numbers: Hyperparameters, path: str) -> Iterator[Violation]
         yield Violation(f"{path}.learning_rate", "give a number or find_learning_rate, not both")
     if AutoHyperparameter.AUTO_HYPERPARAMETER_LEARNING_RATE in numbers.auto:
         yield Violation(f"{path}.find_learning_rate", "choose find_learning_rate or `auto`, not both")
+
+
+def name_violations(name: str, path: str) -> Iterator[Violation]:
+    """What keeps a text that the contract's own rules let pass from being a name of models: it must never be taken for
+    an id, nor be odd where it becomes part of a file's name."""
+    if name.startswith(_ID_PREFIXES):
+        yield Violation(path, f"begins as an id does ({', '.join(_ID_PREFIXES)}): choose another name")
+    elif ".." in name or name.endswith("."):
+        yield Violation(path, "has two dots in a row, or one at its end")
 
 
 def tokenization_violations(tokenization: Tokenization, path: str) -> Iterator[Violation]:

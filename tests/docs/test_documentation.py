@@ -76,7 +76,7 @@ def test_every_setting_is_written_down_with_its_flag_variable_and_default() -> N
             assert default == "none"
         elif isinstance(field.default, tuple):
             assert default == (", ".join(f"`{each}`" for each in field.default) or "none")
-        elif name not in ("data_dir", "trainer_python", "model_root", "import_root"):
+        elif name not in ("data_dir", "trainer_python", "model_root", "import_root", "export_root"):
             expected = str(field.default).lower() if isinstance(field.default, bool) else str(field.default)
             assert default == f"`{expected}`"
 
@@ -170,7 +170,7 @@ def test_every_field_of_a_task_and_a_job_is_written_down() -> None:
     assert task == fields(FineTuneTask.DESCRIPTOR)
     job = {name for cell in table(text, "field of the job") for name in code(cell)}
     # Refused when set, and the task itself.
-    assert job == fields(JobSpec.DESCRIPTOR) - {"priority", "resources", "fine_tune"}
+    assert job == fields(JobSpec.DESCRIPTOR) - {"priority", "resources", "fine_tune", "export"}
 
 
 @pytest.mark.parametrize(("name", "text"), [each for each in blocks("yaml") if "fine_tune:" in each[1]])

@@ -16,9 +16,11 @@ from fault.site import Site
 from google.protobuf.message import Message
 
 from luthier.v1 import datasets_pb2 as ds
-from luthier.v1 import datasets_pb2_grpc, fine_tuning_pb2_grpc
+from luthier.v1 import datasets_pb2_grpc, fine_tuning_pb2_grpc, models_pb2_grpc
 from luthier.v1 import fine_tuning_pb2 as ft
+from luthier.v1 import models_pb2 as md
 from luthier.v1.event_pb2 import JobEvent
+from luthier.v1.export_task_pb2 import ExportTask, GgufExport
 from luthier.v1.job_pb2 import Job, JobSpec, JobState
 from luthier_client import AsyncClient, WatchOptions, errors
 
@@ -44,10 +46,17 @@ _PAUSE = 0.1
 
 
 class Clients:
-    """`new_spec` makes the spec of a job; `tolerant` clients take an INTERNAL for a reason to ask again."""
+    """`new_spec` makes the spec of a job; `tolerant` clients take an INTERNAL for a reason to ask again; with `exports`
+    some of the jobs export what others have made."""
 
     def __init__(
-        self, site: Site, dice: random.Random, new_spec: Callable[[random.Random], JobSpec], *, tolerant: bool = False
+        self,
+        site: Site,
+        dice: random.Random,
+        new_spec: Callable[[random.Random], JobSpec],
+        *,
+        tolerant: bool = False,
+        exports: bool = False,
     ) -> None:
         self.site = site
         self.jobs: dict[str, Job] = {}
@@ -55,8 +64,10 @@ class Clients:
         self._dice = dice
         self._new_spec = new_spec
         self._tolerant = tolerant
+        self._exports = exports
         self._channel = grpc.aio.insecure_channel(site.address, options=_OPTIONS)
         self.fine_tuning: Any = fine_tuning_pb2_grpc.FineTuningStub(self._channel)
+        self.models: Any = models_pb2_grpc.ModelsStub(self._channel)
         self.datasets: Any = datasets_pb2_grpc.DatasetsStub(self._channel)
         self._client = AsyncClient(site.address)
         self._watches: list[asyncio.Task[None]] = []
@@ -106,11 +117,20 @@ class Clients:
         await self.datasets.UploadDataset(iter(parts), timeout=60, wait_for_ready=True)
 
     async def create(self, spec: JobSpec | None = None) -> Job | None:
-        """Creates a job; the same request goes out again, sometimes also after it was answered."""
-        request = ft.CreateJobRequest(spec=spec or self._new_spec(self._dice), request_id=str(uuid.uuid4()))
-        job = self._note(await self.call(self.fine_tuning.CreateJob, request), request.request_id)
+        """Creates a job, without a spec also one that exports what an earlier one has made; the same request goes out
+        again, sometimes also after it was answered."""
+        models = [job.model_id for job in self.jobs.values() if job.model_id] if spec is None and self._exports else []
+        request_id = str(uuid.uuid4())
+        method: Any = self.fine_tuning.CreateJob
+        request: Message
+        if models and self._dice.random() < 0.3:
+            task = ExportTask(model=self._dice.choice(models), gguf=GgufExport())
+            method, request = self.models.ExportModel, md.ExportModelRequest(export=task, request_id=request_id)
+        else:
+            request = ft.CreateJobRequest(spec=spec or self._new_spec(self._dice), request_id=request_id)
+        job = self._note(await self.call(method, request), request_id)
         if job is not None and self._dice.random() < 0.3:
-            self._note(await self.call(self.fine_tuning.CreateJob, request), request.request_id)
+            self._note(await self.call(method, request), request_id)
         return job
 
     async def get(self, job_id: str) -> Job | None:

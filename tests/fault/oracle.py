@@ -67,9 +67,13 @@ def _rows_agree(rows: Rows, recording: Recording) -> Iterator[str]:
         log = rows.events[job.id]
         yield from (f"{job.id}: {each}" for each in _log_is_sound(job, log))
         yield from (f"{job.id}: {each}" for each in _attempts_are_sound(job, rows, log, recording))
-    succeeded = {job.model_id: job.id for job in rows.jobs.values() if _name(job.state) == "SUCCEEDED"}
-    if succeeded != rows.models:
-        yield f"atomic: models {rows.models} are not those of the jobs that succeeded, {succeeded}"
+    succeeded = [job for job in rows.jobs.values() if _name(job.state) == "SUCCEEDED"]
+    models = {job.model_id: job.id for job in succeeded if not job.export_id}
+    if models != rows.models:
+        yield f"atomic: models {rows.models} are not those of the jobs that succeeded, {models}"
+    exports = {job.export_id: job.id for job in succeeded if job.export_id}
+    if exports != rows.exports:
+        yield f"atomic: exports {rows.exports} are not those of the jobs that succeeded, {exports}"
 
 
 def _log_is_sound(job: JobRow, log: Mapping[int, JobEvent]) -> Iterator[str]:
@@ -220,8 +224,9 @@ def _settled(rows: Rows, recording: Recording) -> Iterator[str]:
         if (state == "SUCCEEDED") != (outcome == "finished"):
             yield f"{job.id} is {state}, but the last report of its last attempt is {outcome}"
         if state == "SUCCEEDED":
-            if not (recording.models_dir / job.model_id).is_dir():
-                yield f"{job.id} succeeded without {job.model_id} on the disk"
+            made = recording.exports_dir / job.export_id if job.export_id else recording.models_dir / job.model_id
+            if not made.is_dir():
+                yield f"{job.id} succeeded without {made.name} on the disk"
             total = max(
                 (e.step_completed.total_steps for e in rows.events[job.id].values() if e.HasField("step_completed")),
                 default=0,

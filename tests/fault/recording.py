@@ -25,6 +25,7 @@ class JobRow:
     model_id: str
     progress: Progress
     ended: bool
+    export_id: str = ""
 
 
 @dataclass(frozen=True, slots=True)
@@ -48,6 +49,7 @@ class Rows:
     attempts: list[AttemptRow]
     events: dict[str, dict[int, JobEvent]]
     models: dict[str, str]
+    exports: dict[str, str]
     integrity: str
 
 
@@ -70,7 +72,9 @@ def read_rows(database: Path) -> Rows:
 def _rows(connection: sqlite3.Connection) -> Rows:
     [(integrity,)] = connection.execute("PRAGMA integrity_check(1)").fetchall()
     if not connection.execute("SELECT 1 FROM sqlite_schema WHERE name = 'attempts'").fetchall():
-        return Rows({}, [], {}, {}, integrity)
+        return Rows({}, [], {}, {}, {}, integrity)
+    # A server that was killed in its first moments may have left an older schema.
+    exporting = connection.execute("SELECT 1 FROM sqlite_schema WHERE name = 'exports'").fetchall()
     jobs = {
         row["id"]: JobRow(
             id=row["id"],
@@ -81,6 +85,7 @@ def _rows(connection: sqlite3.Connection) -> Rows:
             model_id=row["model_id"],
             progress=Progress.FromString(row["progress"]),
             ended=bool(row["end_time"]),
+            export_id=row["export_id"] if exporting else "",
         )
         for row in connection.execute("SELECT * FROM jobs")
     }
@@ -100,7 +105,9 @@ def _rows(connection: sqlite3.Connection) -> Rows:
     for row in connection.execute("SELECT job_id, sequence, payload FROM events ORDER BY job_id, sequence"):
         events.setdefault(row["job_id"], {})[row["sequence"]] = JobEvent.FromString(row["payload"])
     models = {row["id"]: row["job_id"] for row in connection.execute("SELECT id, job_id FROM models")}
-    return Rows(jobs, attempts, events, models, integrity)
+    found = connection.execute("SELECT id, job_id FROM exports") if exporting else ()
+    exports = {row["id"]: row["job_id"] for row in found}
+    return Rows(jobs, attempts, events, models, exports, integrity)
 
 
 @dataclass(frozen=True, slots=True)
@@ -167,6 +174,7 @@ class Recording:
 
     jobs_dir: Path
     models_dir: Path
+    exports_dir: Path
     deaths: list[Death] = field(default_factory=list)
     watchers: list[Sightings] = field(default_factory=list)
     answers: list[Answer] = field(default_factory=list)

@@ -50,7 +50,7 @@ class Site:
         self.data_dir = data_dir
         self.address = f"127.0.0.1:{_free_port(dice)}"
         self.life = 0
-        self.recording = Recording(data_dir / "jobs", data_dir / "models")
+        self.recording = Recording(data_dir / "jobs", data_dir / "models", data_dir / "exports")
         self._flags = [*LIMITS, *flags]
         self._log = data_dir / "luthierd.log"
         self._process: subprocess.Popen[bytes] | None = None

@@ -24,6 +24,10 @@ def weights(folder: Path) -> dict[str, bytes]:
     return {name: each.numpy().tobytes() for name, each in load_file(file).items()}
 
 
+def numbers(recorder: Recorder) -> list[tuple[int, float, float, float, int]]:
+    return [(e.step, e.loss, e.learning_rate, e.grad_norm, e.trained_tokens) for e in recorder.steps()]
+
+
 @pytest.fixture(autouse=True)
 def small_micro_batches(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(plan, "_CPU_TOKENS", 40)
@@ -35,15 +39,12 @@ def small_micro_batches(monkeypatch: pytest.MonkeyPatch) -> None:
     [(False, 0.3, ()), (False, 0.0, ("lm_head",)), (True, 0.0, ())],
     ids=["lora-dropout", "saved-head", "full"],
 )
-@pytest.mark.parametrize(("stop", "looks"), [(3, 2), (4, 1)], ids=["mid-step", "at-an-evaluation"])
 def test_a_stopped_job_goes_on_as_if_it_had_never_stopped(
     tmp_path: Path,
     full: bool,
     dropout: float,
     saved: tuple[str, ...],
     dtype: job_pb2.Dtype.ValueType,
-    stop: int,
-    looks: int,
 ) -> None:
     base, data = tiny_base(tmp_path, tied=full), chats(tmp_path / "chats.jsonl")
     job: dict[str, Any] = {
@@ -58,29 +59,27 @@ def test_a_stopped_job_goes_on_as_if_it_had_never_stopped(
     straight = sft.train(task(tmp_path / "straight", base, data, **job), whole, NoControl())
     assert isinstance(straight, Finished)
 
-    first = Recorder()
-    folder = tmp_path / "broken"
-    stopped = sft.train(task(folder, base, data, **job), first, StopAfter(first, stop, looks))
-    assert isinstance(stopped, Stopped)
-    assert stopped == Stopped(step=stop, checkpoint=f"{stop:06d}-a1")
+    for stop, looks in ((3, 2), (4, 1)):  # amid a step, and at an evaluation
+        first = Recorder()
+        folder = tmp_path / f"stopped-at-{stop}"
+        stopped = sft.train(task(folder, base, data, **job), first, StopAfter(first, stop, looks))
+        assert isinstance(stopped, Stopped)
+        assert stopped == Stopped(step=stop, checkpoint=f"{stop:06d}-a1")
 
-    second = Recorder()
-    resume_from = folder / "checkpoints" / stopped.checkpoint
-    again = task(folder, base, data, attempt=2, resume_from=resume_from, **job)
-    again.computed_tokens = list(first.steps())[-1].computed_tokens
-    finished = sft.train(again, second, NoControl())
-    assert isinstance(finished, Finished)
+        second = Recorder()
+        resume_from = folder / "checkpoints" / stopped.checkpoint
+        again = task(folder, base, data, attempt=2, resume_from=resume_from, **job)
+        again.computed_tokens = list(first.steps())[-1].computed_tokens
+        finished = sft.train(again, second, NoControl())
+        assert isinstance(finished, Finished)
 
-    def numbers(recorder: Recorder) -> list[tuple[int, float, float, float, int]]:
-        return [(e.step, e.loss, e.learning_rate, e.grad_norm, e.trained_tokens) for e in recorder.steps()]
-
-    assert numbers(first) + numbers(second) == numbers(whole)
-    evaluated = {each.step: each.loss for each in (*first.evaluations(), *second.evaluations())}
-    assert evaluated == {each.step: each.loss for each in whole.evaluations()}
-    assert set(evaluated) == {0, 2, 4, 6, 7}
-    assert weights(folder / "model") == weights(tmp_path / "straight" / "model")
-    same = {"train_loss", "final_loss", "eval_loss", "base_eval_loss", "trained_tokens"}
-    assert {name: finished.metrics[name] for name in same} == {name: straight.metrics[name] for name in same}
+        assert numbers(first) + numbers(second) == numbers(whole)
+        evaluated = {each.step: each.loss for each in (*first.evaluations(), *second.evaluations())}
+        assert evaluated == {each.step: each.loss for each in whole.evaluations()}
+        assert set(evaluated) == {0, 2, 4, 6, 7}
+        assert weights(folder / "model") == weights(tmp_path / "straight" / "model")
+        same = {"train_loss", "final_loss", "eval_loss", "base_eval_loss", "trained_tokens"}
+        assert {name: finished.metrics[name] for name in same} == {name: straight.metrics[name] for name in same}
 
 
 def test_only_the_newest_checkpoints_stay(tmp_path: Path) -> None:
@@ -112,9 +111,6 @@ def test_five_stops_at_random_steps_change_no_bit(
             assert end.step == stop
             resume_from = folder / "checkpoints" / end.checkpoint
     assert isinstance(end, Finished)
-
-    def numbers(recorder: Recorder) -> list[tuple[int, float, float, float, int]]:
-        return [(e.step, e.loss, e.learning_rate, e.grad_norm, e.trained_tokens) for e in recorder.steps()]
 
     assert [each for recorder in recorders for each in numbers(recorder)] == numbers(whole)
     assert weights(folder / "model") == weights(tmp_path / "straight" / "model")

@@ -13,9 +13,15 @@ import pytest
 from daemon import Daemon, dense, kinds, puppet, reason, small
 
 from luthier.v1 import fine_tuning_pb2 as ft
+from luthier.v1 import models_pb2 as md
+from luthier.v1.export_task_pb2 import ExportTask, GgufExport
 from luthier.v1.job_pb2 import Checkpoints, JobState
 
 Start = Callable[..., Daemon]
+
+
+def an_export(model: str) -> ExportTask:
+    return ExportTask(model=model, gguf=GgufExport())
 
 
 def luthierd(*arguments: str) -> subprocess.CompletedProcess[str]:
@@ -29,6 +35,7 @@ def test_a_backup_taken_while_a_job_trains_restores_to_a_server_that_goes_on(dae
     done = daemon.wait(daemon.create(small(hyperparameters={"max_steps": 3})).id)
     job = daemon.create(small(checkpoints=Checkpoints(every_steps=5)))
     daemon.wait_for_step(job.id, 8)
+    exporting = daemon.models.ExportModel(md.ExportModelRequest(export=an_export(f"{job.id}:step-5"))).job
     before = list(daemon.watch(done.id))
     copied = luthierd("backup", str(tmp_path / "backup"), "--data-dir", str(daemon.data_dir))
     assert copied.returncode == 0, copied.stderr
@@ -46,6 +53,7 @@ def test_a_backup_taken_while_a_job_trains_restores_to_a_server_that_goes_on(dae
     assert dense(events)
     assert kinds(events)[-1] == "SUCCEEDED"
     assert [e.attempt_started.reason for e in events if e.HasField("attempt_started")][1] == "SERVER_RESTARTED"
+    assert restored.wait(exporting.id).state == JobState.JOB_STATE_SUCCEEDED
     old = daemon.get(done.id).history_id
     with pytest.raises(grpc.RpcError) as foreign:
         list(restored.fine_tuning.WatchJob(ft.WatchJobRequest(job_id=done.id, after_sequence=1, history_id=old)))
@@ -56,6 +64,8 @@ def test_the_doctor_finds_a_sound_server_sound_and_names_what_was_damaged(daemon
     daemon = daemons()
     dataset = daemon.upload()
     job = daemon.wait(daemon.create().id)
+    exporting = daemon.models.ExportModel(md.ExportModelRequest(export=an_export(job.model_id))).job
+    export_id = daemon.wait(exporting.id).export_id
     sound = luthierd("doctor", "--data-dir", str(daemon.data_dir), "--deep")
     assert (sound.returncode, "BAD" in sound.stdout) == (0, False), sound.stdout
     assert "luthierd works on this data directory" in sound.stdout
@@ -64,11 +74,13 @@ def test_the_doctor_finds_a_sound_server_sound_and_names_what_was_damaged(daemon
     blob = daemon.data_dir / "blobs" / dataset.sha256
     blob.write_bytes(b"x" * dataset.size_bytes)
     (daemon.data_dir / "models" / job.model_id).rename(daemon.data_dir / "models" / "elsewhere")
+    (daemon.data_dir / "exports" / export_id / "part-001.txt").write_text("short")
     with contextlib.closing(sqlite3.connect(daemon.data_dir / "luthier.db")) as database, database:
         database.execute("DELETE FROM events WHERE sequence = 3")
     ill = luthierd("doctor", "--data-dir", str(daemon.data_dir), "--deep")
     assert ill.returncode == 1
-    for words in ("rows@1 is missing or damaged", f"the files of {job.model_id} are gone", "is not dense"):
+    damage = ("rows@1 is missing or damaged", f"{export_id}: part-001.txt is missing or damaged")
+    for words in (*damage, f"the files of {job.model_id} are gone", "is not dense"):
         assert words in ill.stdout
     (daemon.data_dir / "luthier.db").write_bytes(os.urandom(4096))
     for left in ("luthier.db-wal", "luthier.db-shm"):

@@ -3,6 +3,7 @@
 import hashlib
 import json
 import os
+import re
 import shutil
 import signal
 import time
@@ -15,6 +16,7 @@ import pytest
 from daemon import Daemon, dense, kinds, small, until
 
 from luthier.v1 import fine_tuning_pb2 as ft
+from luthier.v1 import models_pb2 as md
 from luthier.v1.job_pb2 import Checkpoints, Dtype, Evaluation, Full, Hyperparameters, Job, JobSpec, JobState, Lora
 from luthier_client import Client
 
@@ -113,6 +115,49 @@ def test_training_goes_on_from_a_model_of_luthiers_from_a_directory_and_from_a_f
     task = {"base_model": f"{root}/my-model", "hyperparameters": numbers(3, learning_rate=1e-4)}
     whole = succeeded(daemon, daemon.create(small(full=Full(), **task)))
     succeeded(daemon, daemon.create(spec(3, base_model=whole.model_id)))
+
+
+def test_a_named_model_and_its_registered_checkpoint_are_whole_and_can_be_gone_on_from(
+    daemon: Daemon, tmp_path: Path
+) -> None:
+    job = succeeded(
+        daemon, daemon.create(spec(4, model_name="counter", checkpoints=Checkpoints(every_steps=2, keep=5)))
+    )
+    named = daemon.models.GetModel(md.GetModelRequest(model_id="counter@1")).model
+    assert (named.id, named.base_licence) == (job.model_id, "apache-2.0")
+    early = f"{job.id}:step-2"
+    version = daemon.models.RegisterModel(md.RegisterModelRequest(model_id=early, name="counter")).version
+    registered = daemon.models.GetModel(md.GetModelRequest(model_id=version.model_id)).model
+    assert (version.version, registered.step, registered.base_licence) == (2, 2, "apache-2.0")
+    assert registered.metrics["train_loss"] > 0
+    checkpoint = daemon.data_dir / "jobs" / job.id / "checkpoints" / "000002-a1"
+    made = daemon.data_dir / "models" / registered.id
+    assert {each.name for each in checkpoint.iterdir()} - {each.name for each in made.iterdir()} == {
+        "optimizer.safetensors",
+        "state.json",
+        "manifest.json",
+    }
+    assert (made / "adapter_model.safetensors").samefile(checkpoint / "adapter_model.safetensors")
+    daemon.fine_tuning.DeleteJob(ft.DeleteJobRequest(job_id=job.id))
+    directory = download(daemon, "counter", tmp_path / "model")
+    assert sum(each.stat().st_size for each in directory.iterdir()) == registered.size_bytes
+    onward = ft.CreateJobRequest(spec=spec(2, base_model="counter@2"), validate_only=True)
+    assert daemon.fine_tuning.CreateJob(onward).job.resolved_spec.fine_tune.base_model == registered.id
+    card = daemon.models.GetModelCard(md.GetModelCardRequest(model_id="counter@1")).markdown
+    for fact in (
+        'license: "apache-2.0"',
+        "library_name: peft",
+        "`builtin/tiny`",
+        named.id,
+        "rank 8",
+        "transformers",
+    ):
+        assert fact in card, fact
+    (program,) = re.findall(r"^```python\n(.*?)^```$", card, re.MULTILINE | re.DOTALL)
+    for said, meant in (('"DIRECTORY"', repr(str(directory))), ("=128", "=4")):
+        assert said in program
+        program = program.replace(said, meant)
+    exec(program, {})
 
 
 def test_a_cancelled_training_leaves_a_checkpoint_that_peft_loads(daemon: Daemon, tmp_path: Path) -> None:

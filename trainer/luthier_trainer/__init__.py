@@ -4,13 +4,21 @@ from typing import TYPE_CHECKING, Any
 
 if TYPE_CHECKING:
     from luthier_trainer.local import FineTuned, fine_tune
+    from luthier_trainer.local_export import Exported, export_model
 
-__all__ = ["FineTuned", "fine_tune"]
+__all__ = ["Exported", "FineTuned", "export_model", "fine_tune"]
+
+_MODULES = {
+    "FineTuned": "luthier_trainer.local",
+    "fine_tune": "luthier_trainer.local",
+    "Exported": "luthier_trainer.local_export",
+    "export_model": "luthier_trainer.local_export",
+}
 
 
 def __getattr__(name: str) -> Any:
-    if name in __all__:
+    if name in _MODULES:
         import importlib
 
-        return getattr(importlib.import_module("luthier_trainer.local"), name)
+        return getattr(importlib.import_module(_MODULES[name]), name)
     raise AttributeError(f"module {__name__!r} has no attribute {name!r}")

@@ -4,7 +4,7 @@ import sys
 import threading
 from typing import TextIO
 
-from luthier.v1 import event_pb2
+from luthier.v1 import event_pb2, export_proof_pb2
 from luthier_trainer.report import Payload
 
 _LEVELS = {event_pb2.LOG_LEVEL_WARNING: "warning: ", event_pb2.LOG_LEVEL_ERROR: "error: "}
@@ -48,9 +48,15 @@ def _line(payload: Payload) -> str:
         return f"learning rate {payload.learning_rate:.2e}: {payload.rule}"
     if isinstance(payload, event_pb2.CheckpointSaved):
         return f"checkpoint {payload.directory} saved"
+    if isinstance(payload, event_pb2.ExportProven):
+        return "\n".join(_check(each) for each in payload.proof.checks)
     if isinstance(payload, event_pb2.LogEmitted):
         return _LEVELS.get(payload.level, "") + payload.message
     return ""
+
+
+def _check(check: export_proof_pb2.ProofCheck) -> str:
+    return f"{'ok' if check.passed else 'FAILED'}  {check.name.lower()}: {check.message}"
 
 
 class SilentReporter:

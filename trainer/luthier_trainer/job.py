@@ -152,7 +152,6 @@ def set_up(task: TrainerTask, settings: Settings, places: Places, reporter: Repo
     """Loads, tokenises, plans, and takes up a checkpoint that was verified. Raises TrainingError, and StopRequested
     between phases and while it tokenises."""
     durable.sweep(places.checkpoints)
-    durable.sweep(places.model.parent)
     resumed = read_state(places.resume_from) if places.resume_from else None
     reporter.report(event_pb2.PhaseProgressed(phase=event_pb2.PHASE_LOADING, unit="models", total=1))
     tokens = tokens_for(task)

@@ -215,7 +215,7 @@ def fine_tune(
     if reporter is None:
         shown = sys.stderr.isatty() if progress is None else progress
         reporter = ConsoleReporter() if shown else SilentReporter()
-    source = _dataset(Path(data), columns or {})
+    source = dataset_source(Path(data), columns or {})
     texts = source.reading.format == dataset_pb2.DATASET_FORMAT_TEXT
     spec.tokenization.CopyFrom(
         tokenization_pb2.Tokenization(
@@ -234,9 +234,9 @@ def fine_tune(
             job_id=f"local-{target.name}",
             attempt=1,
             spec=job_pb2.JobSpec(display_name=target.name, fine_tune=spec),
-            base_model=_source(base_model),
+            base_model=model_source(base_model),
             training_dataset=source,
-            validation_dataset=None if validation is None else _dataset(Path(validation), columns or {}),
+            validation_dataset=None if validation is None else dataset_source(Path(validation), columns or {}),
             checkpoints_dir=str(Path(work) / "checkpoints"),
             model_dir=str(target),
             cache_dir=str(Path(work) / "cache"),
@@ -250,7 +250,7 @@ def fine_tune(
     return FineTuned(target, end.step, dict(end.metrics))
 
 
-def _source(base_model: str) -> BaseModelSource:
+def model_source(base_model: str) -> BaseModelSource:
     """Where the base lies. Unlike a server, a person's own process may read any directory."""
     path = Path(base_model)
     local = path.is_dir() and not base_model.startswith("builtin/")
@@ -262,7 +262,7 @@ def _source(base_model: str) -> BaseModelSource:
     return BaseModelSource(location=base_model if report.is_hub else report.directory, is_hub=report.is_hub)
 
 
-def _dataset(path: Path, columns: Mapping[str, str]) -> DatasetSource:
+def dataset_source(path: Path, columns: Mapping[str, str]) -> DatasetSource:
     """The file and how it is read, which its first row tells."""
     with open(path, "rb") as file:
         digest = hashlib.file_digest(file, "sha256").hexdigest()

@@ -13,7 +13,7 @@ from pathlib import Path
 from luthier.trainer import attempt
 from luthier.trainer.v1 import report_pb2, task_pb2
 from luthier.v1 import event_pb2
-from luthier_trainer import durable, puppet, resume
+from luthier_trainer import durable, puppet, puppet_export, resume
 from luthier_trainer.control import Control, FileControl
 from luthier_trainer.errors import TrainingError
 from luthier_trainer.heartbeat import Heartbeat
@@ -103,16 +103,23 @@ def _answered(answer: task_pb2.DataAnswer) -> report_pb2.Finished | report_pb2.F
 def _train(
     task: task_pb2.TrainerTask, reporter: Reporter, control: Control
 ) -> report_pb2.Finished | report_pb2.Stopped | report_pb2.Failed:
-    """Reports the start and what it goes on from, trains with a beating heart, and makes a last report out of whatever
-    happens."""
+    """Reports the start and what it goes on from, trains or exports with a beating heart, and makes a last report out
+    of whatever happens."""
     try:
         task, damaged = resume.choose(task)
         reporter.report(_started(task), durable=True)
         if damaged:
             reporter.report(event_pb2.LogEmitted(level=event_pb2.LOG_LEVEL_WARNING, message=damaged))
         with Heartbeat(reporter, task.heartbeat_seconds or _HEARTBEAT_SECONDS):
+            is_export = task.spec.WhichOneof("task") == "export"
+            if task.HasField("puppet") and is_export:
+                return puppet_export.perform(task, reporter, control)
             if task.HasField("puppet"):
                 return puppet.perform(task, reporter, control)
+            if is_export:
+                from luthier_trainer.export.perform import perform
+
+                return perform(task, reporter, control)
             from luthier_trainer import sft
 
             return sft.train(task, reporter, control)

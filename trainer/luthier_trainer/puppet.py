@@ -31,7 +31,7 @@ def perform(
     resumed = step = saved_step = checkpoint_step(saved) if saved else 0
     _announce(task, reporter)
     while step < puppet.steps:
-        if not _rest(puppet, control):
+        if not rest(puppet, control):
             if step > saved_step:
                 saved = _save_checkpoint(task, step, reporter)
             return report_pb2.Stopped(step=step, checkpoint=saved)
@@ -67,7 +67,7 @@ def _announce(task: task_pb2.TrainerTask, reporter: Reporter) -> None:
     )
 
 
-def _rest(puppet: task_pb2.Puppet, control: Control) -> bool:
+def rest(puppet: task_pb2.Puppet, control: Control) -> bool:
     """Lets a step's time pass; False as soon as the puppet is asked to leave, if it listens."""
     end = time.monotonic() + puppet.step_seconds
     while True:

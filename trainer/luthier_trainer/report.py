@@ -18,6 +18,7 @@ Payload = (
     | event_pb2.LogEmitted
     | event_pb2.ResumeChecked
     | event_pb2.LearningRateFound
+    | event_pb2.ExportProven
     | report_pb2.Heartbeat
     | report_pb2.Finished
     | report_pb2.Failed

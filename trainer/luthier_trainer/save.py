@@ -24,15 +24,15 @@ _LIBRARIES = (
 )
 
 
-def save_model(job: Job, metrics: dict[str, float]) -> int:
+def save_model(job: Job, metrics: dict[str, float], base_licence: str) -> int:
     """Writes the model to the task's `model_dir`, aside and then renamed. Returns the bytes of all files."""
     with durable.new_directory(job.places.model) as aside:
         write_weights(job.trained, job.masters, job.tokenizer, aside)
-        durable.write_json(aside / LINEAGE, _lineage(job, metrics))
+        durable.write_json(aside / LINEAGE, _lineage(job, metrics, base_licence))
     return durable.size(job.places.model)
 
 
-def _lineage(job: Job, metrics: dict[str, float]) -> dict[str, object]:
+def _lineage(job: Job, metrics: dict[str, float], base_licence: str) -> dict[str, object]:
     task = job.task
     source = task.base_model
     lineage: dict[str, object] = {
@@ -47,7 +47,8 @@ def _lineage(job: Job, metrics: dict[str, float]) -> dict[str, object]:
         "base_model": {
             "name": task.spec.fine_tune.base_model,
             "hub_id": source.location if source.is_hub else "",
-            "revision": job.trained.revision or source.revision,
+            "revision": base_revision(job),
+            "licence": base_licence,
             "continued_adapter": bool(source.adapter_dir),
         },
         "training_dataset": _dataset(task.training_dataset),
@@ -65,6 +66,12 @@ def _lineage(job: Job, metrics: dict[str, float]) -> dict[str, object]:
     if task.HasField("validation_dataset"):
         lineage["validation_dataset"] = _dataset(task.validation_dataset)
     return lineage
+
+
+def base_revision(job: Job) -> str:
+    """The revision of the base, where it came from a hub: the commit, or what was asked for where that is not known."""
+    source = job.task.base_model
+    return (job.trained.revision or source.revision) if source.is_hub else ""
 
 
 def _dataset(source: DatasetSource) -> dict[str, object]:

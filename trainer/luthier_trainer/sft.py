@@ -19,10 +19,11 @@ from luthier_trainer.evaluate import evaluate
 from luthier_trainer.flatten import Example, scored_tokens
 from luthier_trainer.gauges import readings
 from luthier_trainer.job import Job, set_up
+from luthier_trainer.licence import base_licence
 from luthier_trainer.report import Reporter, checkpoint_saved
 from luthier_trainer.room import with_room
 from luthier_trainer.sample import answer
-from luthier_trainer.save import save_model
+from luthier_trainer.save import base_revision, save_model
 from luthier_trainer.schedule import decay_steps, learning_rate
 from luthier_trainer.state import step_of, verified_state
 from luthier_trainer.stop import Check, StopRequested, check_of
@@ -331,5 +332,12 @@ def _finish(job: Job) -> Finished:
         metrics["skipped_steps"] = float(len(counters.skipped))
     if counters.empty:
         metrics["empty_steps"] = float(counters.empty)
-    size = with_room(job, lambda: save_model(job, metrics))
-    return Finished(step=counters.step if job.holds is None else job.holds, size_bytes=size, metrics=metrics)
+    licence = base_licence(job.task.base_model, job.trained.revision)
+    size = with_room(job, lambda: save_model(job, metrics, licence))
+    return Finished(
+        step=counters.step if job.holds is None else job.holds,
+        size_bytes=size,
+        metrics=metrics,
+        base_licence=licence,
+        base_revision=base_revision(job),
+    )

@@ -6,6 +6,7 @@ import click
 
 from luthier_client.cli import output, reports
 from luthier_client.cli.picture import JobPicture
+from luthier_client.cli.proof import print_proof
 
 _MARKS = {"succeeded": ("✓", "+"), "failed": ("✗", "x"), "cancelled": ("■", "-")}
 _LOG_LINES = 10
@@ -16,17 +17,22 @@ def closing_card(picture: JobPicture) -> None:
     state = picture.state_name
     mark = _MARKS.get(state, ("·", "-"))[0 if output.speaks_unicode() else 1]
     title = output.colour(f"{mark} {state}", output.STATE_COLOURS.get(state), bold=True)
-    name = output.one_line(picture.job.spec.display_name, 60)
+    name = output.one_line(picture.exports or picture.job.spec.display_name, 60)
     click.echo(f"{title}  {picture.job.id}" + (f"  {name}" if name else ""))
     output.pairs(_rows(picture), indent="  ")
     _samples(picture)
+    if picture.proof is not None:
+        click.echo()
+        print_proof(picture.proof, indent="  ")
     if picture.error is not None:
         _failure(picture)
 
 
 def next_commands(picture: JobPicture) -> None:
     """Prints what can be done with the model, with a snippet of Python that loads it."""
-    if not picture.model_id:
+    if picture.export_id:
+        _next_of_export(picture)
+    if not picture.model_id or picture.exports:
         return
     task = picture.job.spec.fine_tune
     directory = task.suffix or picture.model_id
@@ -36,6 +42,16 @@ def next_commands(picture: JobPicture) -> None:
     click.echo()
     for line in loading_snippet(output.clean(task.base_model), directory, full=task.HasField("full")):
         click.echo(f"  {line}" if line else "")
+
+
+def _next_of_export(picture: JobPicture) -> None:
+    """What can be done with an export."""
+    asked = picture.job.spec.export
+    click.echo()
+    click.echo(output.colour("next", bold=True))
+    click.echo(f"  luthier export download {picture.export_id}")
+    if asked.HasField("gguf") and not asked.gguf.adapter_only:
+        click.echo(f"  ollama create my-model -f {picture.export_id}/Modelfile")
 
 
 def loading_snippet(base: str, directory: str, *, full: bool) -> list[str]:
@@ -66,6 +82,8 @@ def _quoted(text: str) -> str:
 def _rows(picture: JobPicture) -> list[tuple[str, str]]:
     arrow = "→" if output.speaks_unicode() else "->"
     rows = [("model", picture.model_id)] if picture.model_id else []
+    if picture.exports:
+        rows = [("export", picture.export_id), ("copy", picture.job.spec.export.destination.uri)]
     steps, evaluations = picture.metrics.steps, picture.metrics.evaluations
     if steps:
         last = steps[-1]
@@ -91,7 +109,7 @@ def _rows(picture: JobPicture) -> list[tuple[str, str]]:
         rows.append(("tokens", f"{steps[-1].trained_tokens:,}"))
     if (check := picture.resumed) is not None:
         rows.append(("resumed", f"at step {check.step}, " + ("verified" if check.verified else "NOT verified")))
-    return rows
+    return [(label, value) for label, value in rows if value]
 
 
 def _samples(picture: JobPicture) -> None:

@@ -12,6 +12,7 @@ if TYPE_CHECKING:
 
 LATEST = "@latest"
 _ULID = re.compile(r"^[0-9A-HJKMNP-TV-Z]{26}$", re.IGNORECASE)
+_NAME = re.compile(r"^[a-z0-9][a-z0-9._-]*$")
 _STEP = re.compile(r"^step-[0-9]+$")
 _SHOWN = 8
 
@@ -32,16 +33,42 @@ def job(client: "Client", text: str) -> str:
 
 
 def model(client: "Client", text: str) -> str:
-    """The whole id of a model, or the name of a checkpoint (`job_...:step-200`), whose job may be shortened."""
+    """The whole id of a model, or the name of a checkpoint (`job_...:step-200`), whose job may be shortened. Names,
+    `name@3` and `name@production` are the server's to resolve: names are lower-case, ids are not."""
     if ":" in text:
         return checkpoint(client, text)
-    if _is_whole(text, "model_"):
-        return text
     if text == LATEST:
         return _first((each.id for each in client.list_models(page_size=1)), "model")
+    is_name = _NAME.match(text) is not None and not text.startswith("model_")
+    if "@" in text or _is_whole(text, "model_") or (is_name and not text.isdigit()):
+        return text
     prefix = _prefix(text, "model_")
-    found = client.list_models(id_prefix=prefix, page_size=_SHOWN + 1)
-    return _only(text, "model", [each.id for each in islice(found, _SHOWN + 1)])
+    found = [each.id for each in islice(client.list_models(id_prefix=prefix, page_size=_SHOWN + 1), _SHOWN + 1)]
+    return text if is_name and not found else _only(text, "model", found)
+
+
+def export(client: "Client", text: str) -> str:
+    """The whole id of an export. Raises NotFound, AmbiguousId."""
+    if _is_whole(text, "export_"):
+        return text
+    if text == LATEST:
+        return _first((each.id for each in client.list_exports(page_size=1)), "export")
+    prefix = _prefix(text, "export_")
+    found = client.list_exports(id_prefix=prefix, page_size=_SHOWN + 1)
+    return _only(text, "export", [each.id for each in islice(found, _SHOWN + 1)])
+
+
+def files(client: "Client", text: str) -> str:
+    """What can be downloaded: a model, a checkpoint, or an export, which is told by its `export_`."""
+    return export(client, text) if text.startswith("export_") else model(client, text)
+
+
+def job_or_model(client: "Client", text: str) -> str:
+    """A job (`job_...`, `@latest`, or a short id) or a model (`model_...`, a name, `name@3`)."""
+    named = "@" in text or text.startswith("model_") or (_NAME.match(text) and not text.startswith("job_"))
+    if text != LATEST and named and not text.isdigit():
+        return model(client, text)
+    return job(client, text)
 
 
 def checkpoint(client: "Client", text: str) -> str:

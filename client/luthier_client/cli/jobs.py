@@ -1,4 +1,4 @@
-"""`luthier job`: create, list, get, watch, wait, cancel, logs; and what `rest` and `checkpoints` add."""
+"""`luthier job`: list, get, watch, wait, cancel, logs; and what the files beside this one add."""
 
 import sys
 from typing import TYPE_CHECKING
@@ -6,14 +6,13 @@ from typing import TYPE_CHECKING
 import click
 
 from luthier_client.cli.checkpoints import checkpoints
+from luthier_client.cli.create import create
+from luthier_client.cli.diff import diff
 from luthier_client.cli.lazy import Command, settings
-from luthier_client.cli.numbers import number_options, number_settings
 from luthier_client.cli.rest import delete, pause, resume, told
-from luthier_client.cli.tokenization import apply_tokenization, tokenization_fields, tokenization_options
 
 if TYPE_CHECKING:
-    from luthier.v1.job_pb2 import Job, JobSpec
-    from luthier_client.client import Client
+    from luthier.v1.job_pb2 import Job
 
 TIMED_OUT = 124
 _STATES = [
@@ -24,79 +23,7 @@ _STATES = [
 
 @click.group()
 def job() -> None:
-    """Create, watch, pause, resume, cancel and delete jobs."""
-
-
-@job.command(
-    cls=Command,
-    examples="""luthier job create -f job.yaml --watch
-    luthier job create -f job.yaml --set lora.rank=16 --set learning_rate=1e-4
-    luthier job create -f job.yaml --find-lr --watch
-    luthier job create -f job.yaml --epochs auto --batch-size auto --learning-rate auto
-    luthier job create -f job.yaml --resume-from @latest:step-200
-    luthier job create -f job.yaml --validate-only
-    luthier job create -f job.yaml --dry-run && luthier job create -f job.yaml
-    luthier job create -f job.yaml --set lora.rank=64 --dry-run --probe""",
-)
-@click.option(
-    "-f", "--file", required=True, type=click.Path(allow_dash=True), help="A job as YAML or JSON; - is stdin."
-)
-@click.option("--set", "assignments", metavar="KEY=VALUE", multiple=True, help="Set a field; KEY may be shortened.")
-@number_options
-@tokenization_options
-@click.option("--resume-from", metavar="JOB:step-N", help="Go on from a checkpoint of another job.")
-@click.option("--watch", is_flag=True, help="Watch the job to its end.")
-@click.option("--validate-only", is_flag=True, help="Check the job and show what would be created.")
-@click.option("--dry-run", is_flag=True, help="Show what the job would take; exit code 1 when it does not fit.")
-@click.option("--probe", is_flag=True, help="With --dry-run: make two real steps first, in a free slot.")
-@click.pass_context
-def create(
-    ctx: click.Context,
-    /,
-    file: str,
-    assignments: tuple[str, ...],
-    resume_from: str | None,
-    watch: bool,
-    validate_only: bool,
-    epochs: str | None,
-    batch_size: str | None,
-    learning_rate: str | None,
-    find_lr: bool,
-    dry_run: bool,
-    probe: bool,
-    **flags: str | None,
-) -> None:
-    """Create a job from a file."""
-    from luthier_client.cli import ids, output
-    from luthier_client.cli.connect import connect
-    from luthier_client.cli.follow import follow
-    from luthier_client.spec import apply_settings, load_spec, parse_spec
-
-    if probe and not dry_run:
-        raise click.UsageError("--probe goes with --dry-run.")
-    if dry_run and (watch or validate_only):
-        raise click.UsageError("--dry-run creates nothing: leave out --watch and --validate-only.")
-    spec = parse_spec(sys.stdin.read(), "stdin") if file == "-" else load_spec(file)
-    numbers = {"epochs": epochs, "batch_size": batch_size, "learning_rate": learning_rate}
-    apply_settings(spec, [*assignments, *number_settings(numbers, find_lr)])
-    apply_tokenization(spec, tokenization_fields(**flags))
-    chosen = settings(ctx)
-    with connect(chosen) as client:
-        if resume_from is not None:
-            spec.fine_tune.resume_from = ids.checkpoint(client, resume_from)
-        if dry_run:
-            _dry_run(ctx, client, spec, probe)
-            return
-        handle = client.create_job(spec, validate_only=validate_only)
-        if validate_only:
-            _show_plan(ctx, handle.proto.resolved_spec)
-        elif watch:
-            ctx.exit(follow(chosen, handle))
-        elif chosen.output == "table":
-            click.echo(f"created {handle.id}")
-            click.echo(f"luthier job watch {handle.id}", err=True)
-        else:
-            output.resource(chosen, handle.proto, [])
+    """Create, watch, compare, pause, resume, cancel and delete jobs."""
 
 
 @job.command(
@@ -207,7 +134,7 @@ def logs(ctx: click.Context, job_id: str, follow: bool) -> None:
                 break
 
 
-for command in (pause, resume, delete, checkpoints):
+for command in (create, pause, resume, delete, checkpoints, diff):
     job.add_command(command)
 
 
@@ -227,17 +154,22 @@ def _state(job: "Job") -> str:
 
 def _summary(job: "Job") -> list[str]:
     from luthier_client.cli import output
+    from luthier_client.exports import describe
 
     progress = job.progress
     step = f"{progress.step}/{progress.total_steps}" if progress.total_steps else ""
     loss = output.number(progress.loss) if progress.step else ""
-    return [job.id, _state(job), step, loss, output.age(job.create_time), job.spec.display_name]
+    name = job.spec.display_name
+    if job.spec.HasField("export"):
+        name = f"{describe(job.spec.export)} of {job.spec.export.model}"
+    return [job.id, _state(job), step, loss, output.age(job.create_time), name]
 
 
 def _details(job: "Job") -> list[tuple[str, str]]:
     from luthier_client.cli import output
+    from luthier_client.exports import describe
 
-    progress, task = job.progress, job.spec.fine_tune
+    progress, task, exported = job.progress, job.spec.fine_tune, job.spec.export
     started = job.start_time.seconds or job.create_time.seconds
     rows = [
         ("id", job.id),
@@ -245,6 +177,8 @@ def _details(job: "Job") -> list[tuple[str, str]]:
         ("state", _state(job)),
         ("queue", f"position {job.queue_position}" if job.queue_position else ""),
         ("base model", task.base_model),
+        ("export", f"{describe(exported)} of {exported.model}" if job.spec.HasField("export") else ""),
+        ("copy", exported.destination.uri),
         ("dataset", task.training_dataset),
         ("labels", ", ".join(f"{key}={value}" for key, value in sorted(job.spec.labels.items()))),
         ("step", f"{progress.step}/{progress.total_steps}" if progress.total_steps else ""),
@@ -253,42 +187,12 @@ def _details(job: "Job") -> list[tuple[str, str]]:
         ("attempt", str(job.attempt) if job.attempt > 1 else ""),
         ("next try", output.clock(job.retry_time.seconds) if job.retry_time.seconds else ""),
         ("resumed from", task.resume_from),
+        ("model name", task.model_name),
         ("created", output.age(job.create_time)),
         ("took", output.duration(job.end_time.seconds - started) if job.end_time.seconds else ""),
         ("model", job.model_id),
+        ("made", job.export_id),
     ]
     if job.HasField("error"):
         rows += [("error", f"{job.error.reason}: {job.error.message}"), ("hint", job.error.hint)]
     return rows
-
-
-def _dry_run(ctx: click.Context, client: "Client", spec: "JobSpec", probe: bool) -> None:
-    """Prints what a job would take. Exits with 1 when it does not fit."""
-    from luthier_client.cli import output
-    from luthier_client.cli.estimate import print_estimate
-    from luthier_client.cli.transfer import phases
-
-    with phases("making two steps" if probe else "estimating"):
-        response = client.estimate_job(spec, probe=probe)
-    if settings(ctx).output == "json":
-        output.resource(settings(ctx), response, [])
-    else:
-        print_estimate(response.estimate)
-    if not response.estimate.fits:
-        ctx.exit(1)
-
-
-def _show_plan(ctx: click.Context, spec: "JobSpec") -> None:
-    """Prints what the server would make of a spec."""
-    import json
-
-    from luthier_client.spec import spec_fields
-
-    fields = spec_fields(spec)
-    if settings(ctx).output == "json":
-        click.echo(json.dumps(fields, ensure_ascii=False, indent=2))
-        return
-    import yaml
-
-    click.echo("# valid; nothing was created")
-    click.echo(yaml.safe_dump(fields, sort_keys=False, allow_unicode=True).rstrip())

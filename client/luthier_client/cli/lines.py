@@ -9,6 +9,7 @@ from luthier.v1.job_pb2 import JobState
 from luthier_client import enums
 from luthier_client.cli import output, reports
 from luthier_client.cli.picture import JobPicture
+from luthier_client.cli.proof import proof_line
 
 
 class LineWriter:
@@ -80,7 +81,9 @@ def describe(event: JobEvent, picture: JobPicture) -> str | None:
         )
     if kind == "phase_progressed":
         phase = event.phase_progressed
-        done = f" {phase.completed:,}/{phase.total:,} {phase.unit}" if phase.total and phase.completed else ""
+        done = ""
+        if phase.total and phase.completed:
+            done = f" {output.done_of(phase.completed, phase.total, phase.unit)}"
         return output.clean(enums.short(Phase.DESCRIPTOR, phase.phase).replace("_", " ") + done)
     if kind == "learning_rate_found":
         return f"learning rate  {found_rate(event.learning_rate_found)}"
@@ -107,6 +110,8 @@ def describe(event: JobEvent, picture: JobPicture) -> str | None:
         return log_line(event)
     if kind == "datasets_checked":
         return f"checked  {reports.checked_line(event.datasets_checked)}"
+    if kind == "export_proven":
+        return proof_line(event.export_proven.proof)
     return None
 
 

@@ -14,6 +14,7 @@ from luthier.v1.event_pb2 import LearningRateFound
 from luthier_client.cli import output, reports
 from luthier_client.cli.lines import resumed
 from luthier_client.cli.picture import JobPicture
+from luthier_client.cli.proof import proof_line
 
 _BARS = "▁▂▃▄▅▆▇█"
 _ASCII_BARS = "_.-=*#"
@@ -41,6 +42,9 @@ class LiveView:
         picture = self._picture
         yield self._title(width)
         yield self._progress(width)
+        if picture.proof is not None:
+            style = "green" if picture.proof.passed else "red"
+            yield Text(output.one_line(proof_line(picture.proof), 300), style=style)
         if picture.found_rate is not None:
             yield self._rate(picture.found_rate, width)
         if (step := picture.step) is not None:

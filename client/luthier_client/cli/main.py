@@ -40,15 +40,18 @@ class Root(LazyGroup):
     cls=Root,
     lazy={
         "train": ("train:train", "Fine-tune a model on a file, and watch it."),
-        "job": ("jobs:job", "Create, watch, pause, resume, cancel and delete jobs."),
+        "job": ("jobs:job", "Create, watch, compare, pause, resume, cancel and delete jobs."),
         "dataset": ("datasets:dataset", "Upload, import, check, preview, derive and delete datasets."),
-        "model": ("models:model", "List and download models."),
+        "model": ("models:model", "Find, name, tag, export, download and delete models."),
+        "export": ("exports:export", "List, show, download and delete exports."),
         "version": ("main:version", "Show the versions of client and server."),
     },
     epilog="\b\nExamples:\n"
     "  luthier train data.jsonl --epochs 3\n"
     "  luthier job watch @latest\n"
-    "  luthier model download @latest --to my-model\n"
+    "  luthier model register @latest support-bot\n"
+    "  luthier model export support-bot --format gguf --type q4_k_m\n"
+    "  luthier export download @latest --to my-model\n"
     "\b\n"
     "An ID may be written as @latest or as any beginning that is unique.\n"
     'Completion: eval "$(_LUTHIER_COMPLETE=bash_source luthier)", likewise zsh_source, fish_source.\n'

@@ -103,6 +103,13 @@ def clock(seconds: float) -> str:
     return moment.strftime("%H:%M:%S" if moment.date() == datetime.now().date() else "%Y-%m-%d %H:%M:%S")
 
 
+def done_of(completed: int, total: int, unit: str) -> str:
+    """How far something is: `8/16 rows`, `1.0 MiB of 4.3 MiB`."""
+    if unit == "bytes":
+        return f"{size(completed)} of {size(total)}"
+    return f"{completed:,}/{total:,} {unit}".rstrip()
+
+
 def number(value: float) -> str:
     """A loss, a rate or a count, as short as it can be read."""
     if abs(value) >= 1e4:
@@ -173,14 +180,14 @@ def pairs(rows: Sequence[tuple[str, str]], indent: str = "") -> None:
             click.echo(f"{indent}{' ' * wide}  {line}")
 
 
-def table(headers: Sequence[str], rows: Sequence[Sequence[str]]) -> None:
+def table(headers: Sequence[str], rows: Sequence[Sequence[str]], indent: str = "") -> None:
     """Prints columns. On a terminal the last column is cut to the width."""
     cells = [[one_line(cell, 1000) for cell in row] for row in rows]
     widths = [max(_width(row[index]) for row in [list(headers), *cells]) for index in range(len(headers))]
-    room = columns() - sum(widths[:-1]) - 2 * (len(widths) - 1) if sys.stdout.isatty() else 1000
-    click.echo(colour(_row(headers, widths, room), dim=True))
+    room = columns() - len(indent) - sum(widths[:-1]) - 2 * (len(widths) - 1) if sys.stdout.isatty() else 1000
+    click.echo(indent + colour(_row(headers, widths, room), dim=True))
     for row in cells:
-        line = _row(row, widths, room)
+        line = indent + _row(row, widths, room)
         click.echo(_state_coloured(line) if sys.stdout.isatty() else line)
 
 

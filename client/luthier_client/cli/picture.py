@@ -17,9 +17,11 @@ from luthier.v1.event_pb2 import (
     SamplesGenerated,
     StepCompleted,
 )
+from luthier.v1.export_proof_pb2 import ExportProof
 from luthier.v1.job_pb2 import JOB_STATE_PAUSED, JOB_STATE_QUEUED, Job, JobError, JobState
 from luthier_client import enums
 from luthier_client.cli import output
+from luthier_client.exports import describe
 from luthier_client.metrics import Metrics, MetricsFold
 from luthier_client.watch import is_terminal
 
@@ -36,6 +38,9 @@ class JobPicture:
         self.message = ""
         self.error: JobError | None = None
         self.model_id = job.model_id
+        self.export_id = job.export_id
+        self.proof: ExportProof | None = None
+        """Of an export job, once it was compared."""
         self.attempt = job.attempt
         self.queue_position = job.queue_position
         self.retry_at = float(job.retry_time.seconds)
@@ -60,8 +65,15 @@ class JobPicture:
 
     @property
     def name(self) -> str:
-        """What the job is called: its display name, else its id."""
-        return self.job.spec.display_name or self.job.id
+        """What the job is called: what it exports, else its display name, else its id."""
+        return self.exports or self.job.spec.display_name or self.job.id
+
+    @property
+    def exports(self) -> str:
+        """Of an export job what it writes: `gguf q4_k_m of model_...`; else empty."""
+        if not self.job.spec.HasField("export"):
+            return ""
+        return f"{describe(self.job.spec.export)} of {self.job.spec.export.model}"
 
     @property
     def state_name(self) -> str:
@@ -101,6 +113,7 @@ class JobPicture:
             self._change(event.state_changed)
         elif payload == "attempt_started":
             reached = self.step.step if self.step is not None else 0
+            self.proof = None
             self.discarded = max(0, reached - event.attempt_started.discarded_from_step)
             self.attempt = event.attempt_started.attempt
             self.resumed = None
@@ -117,6 +130,8 @@ class JobPicture:
             self.checked = event.datasets_checked
         elif payload == "phase_progressed":
             self.phase = event.phase_progressed
+        elif payload == "export_proven":
+            self.proof = event.export_proven.proof
         elif payload == "resume_checked":
             self.resumed = event.resume_checked
         elif payload == "samples_generated":
@@ -164,7 +179,7 @@ class JobPicture:
         name = enums.short(Phase.DESCRIPTOR, self.phase.phase).replace("_", " ")
         if not self.phase.total:
             return name
-        return f"{name} {self.phase.completed:,}/{self.phase.total:,} {self.phase.unit}".rstrip()
+        return f"{name} {output.done_of(self.phase.completed, self.phase.total, self.phase.unit)}"
 
     def _change(self, change: Any) -> None:
         self.state = change.state
@@ -174,3 +189,4 @@ class JobPicture:
         if change.HasField("error"):
             self.error = change.error
         self.model_id = change.model_id or self.model_id
+        self.export_id = change.export_id or self.export_id

@@ -20,6 +20,7 @@ if TYPE_CHECKING:
     luthier train data.jsonl --validation heldout.jsonl --set sample_prompts='[Hello, Who are you?]'
     luthier train data.jsonl --epochs auto --batch-size auto --find-lr
     luthier train data.jsonl --epochs 5 --resume-from @latest:step-200
+    luthier train data.jsonl --model-name support-bot
     luthier train cards@3 --set full= --learning-rate 2e-5 --detach""",
 )
 @click.argument("data")
@@ -35,6 +36,7 @@ if TYPE_CHECKING:
 @click.option("--seed", metavar="NUMBER", help="Seed of order, start and dropout.")
 @tokenization_options
 @click.option("--resume-from", metavar="JOB:step-N", help="Go on from a checkpoint of another job.")
+@click.option("--model-name", metavar="NAME", help="What comes out becomes the next version of this name.")
 @click.option("--set", "assignments", metavar="KEY=VALUE", multiple=True, help="Set any field; KEY may be shortened.")
 @click.option("--detach", is_flag=True, help="Return once the job is created.")
 @click.pass_context
@@ -46,6 +48,7 @@ def train(
     validation: str | None,
     name: str | None,
     resume_from: str | None,
+    model_name: str | None,
     assignments: tuple[str, ...],
     detach: bool,
     find_lr: bool,
@@ -67,6 +70,8 @@ def train(
     spec.fine_tune.base_model = base
     apply_settings(spec, [*number_settings(flags, find_lr), *assignments])
     apply_tokenization(spec, tokenization_fields(chat_template, train_on, response_template, overlong))
+    if model_name is not None:
+        spec.fine_tune.model_name = model_name
     with connect(chosen) as client:
         spec.fine_tune.training_dataset = _dataset(client, chosen, data)
         if validation is not None:

@@ -80,7 +80,13 @@ def _details(error: errors.LuthierError) -> list[Message]:
         found.append(error_details_pb2.ResourceInfo(resource_type=error.kind, resource_name=error.name[:200]))
     if isinstance(error, errors.FailedPrecondition):
         failure = error_details_pb2.PreconditionFailure()
-        failure.violations.add(type=error.reason, subject=error.subject, description=error.message[:_TEXT])
+        for obstacle in error.obstacles:
+            met = failure.violations.add(
+                type=obstacle.kind, subject=obstacle.subject[:200], description=obstacle.description[:_TEXT]
+            )
+            if failure.ByteSize() > 3500:
+                failure.violations.remove(met)
+                break
         found.append(failure)
     if isinstance(error, errors.Exhausted):
         quota = error_details_pb2.QuotaFailure()
@@ -221,9 +227,11 @@ def writes(call: F) -> F:
     return call
 
 
-def service_handler(service: ServiceDescriptor, implementation: object) -> grpc.GenericRpcHandler:
-    """The handler of a whole service: each method of the contract, by name, from `implementation`."""
-    handlers = {
-        method.name: _handler(method, getattr(implementation, method.name), method.name) for method in service.methods
-    }
+def service_handler(service: ServiceDescriptor, *implementations: object) -> grpc.GenericRpcHandler:
+    """The handler of a whole service: each method of the contract, by name, from the one implementation that has it.
+    Raises ValueError when none has, or several."""
+    handlers = {}
+    for method in service.methods:
+        (call,) = (getattr(each, method.name) for each in implementations if hasattr(each, method.name))
+        handlers[method.name] = _handler(method, call, method.name)
     return grpc.method_handlers_generic_handler(service.full_name, handlers)

@@ -2,13 +2,19 @@
 
 from luthier.v1.checkpoint_pb2 import Checkpoint as CheckpointProto
 from luthier.v1.dataset_pb2 import Dataset as DatasetProto
+from luthier.v1.export_pb2 import Export as ExportProto
 from luthier.v1.job_pb2 import Job as JobProto
+from luthier.v1.model_pb2 import AliasMove, LineageEdge, LineageNode, ModelAlias, ModelName, ModelVersion
 from luthier.v1.model_pb2 import Model as ModelProto
+from luthier.v1.models_pb2 import GetModelLineageResponse
 from luthier_server.change import timestamp
 from luthier_server.job import FAILED, Job
+from luthier_server.lineage import Graph
 from luthier_server.store.datasets import Dataset
+from luthier_server.store.exports import Export
 from luthier_server.store.jobs import Checkpoint
-from luthier_server.store.models import Model
+from luthier_server.store.model_names import Alias, Name
+from luthier_server.store.models import Model, Version
 
 
 def job_proto(job: Job, history_id: str, queue_position: int = 0) -> JobProto:
@@ -24,6 +30,7 @@ def job_proto(job: Job, history_id: str, queue_position: int = 0) -> JobProto:
         last_sequence=job.last_sequence,
         history_id=history_id,
         model_id=job.model_id,
+        export_id=job.export_id,
         create_time=timestamp(job.create_time),
         start_time=timestamp(job.start_time) if job.start_time else None,
         end_time=timestamp(job.end_time) if job.end_time else None,
@@ -62,6 +69,21 @@ def dataset_proto(dataset: Dataset) -> DatasetProto:
     )
 
 
+def export_proto(export: Export) -> ExportProto:
+    """An export as clients see it."""
+    return ExportProto(
+        id=export.id,
+        model_id=export.model_id,
+        job_id=export.job_id,
+        task=export.task,
+        files=export.files,
+        size_bytes=export.size_bytes,
+        proof=export.proof,
+        create_time=timestamp(export.create_time),
+        destination_uri=export.destination_uri,
+    )
+
+
 def model_proto(model: Model) -> ModelProto:
     """A model as clients see it."""
     return ModelProto(
@@ -76,4 +98,57 @@ def model_proto(model: Model) -> ModelProto:
         create_time=timestamp(model.create_time),
         training_dataset=model.training_dataset,
         validation_dataset=model.validation_dataset,
+        base_model_revision=model.base_model_revision,
+        base_licence=model.base_licence,
+        parent_model=model.parent_model,
+        checkpoint=model.checkpoint,
+        tags=model.tags,
+        description=model.description,
+        versions=[version_proto(each) for each in model.versions],
+        aliases=model.aliases,
+        spec=model.spec,
+        resolved_spec=model.resolved_spec,
+    )
+
+
+def version_proto(version: Version) -> ModelVersion:
+    """A version of a name as clients see it."""
+    return ModelVersion(
+        name=version.name,
+        version=version.version,
+        model_id=version.model_id,
+        create_time=timestamp(version.create_time),
+    )
+
+
+def alias_proto(alias: Alias) -> ModelAlias:
+    """An alias as clients see it."""
+    return ModelAlias(
+        name=alias.name,
+        alias=alias.alias,
+        version=alias.version,
+        model_id=alias.model_id,
+        history=[
+            AliasMove(version=each.version, time=timestamp(each.time), rollback=each.rollback) for each in alias.moves
+        ],
+    )
+
+
+def name_proto(name: Name) -> ModelName:
+    """A name with its versions and aliases as clients see it."""
+    return ModelName(
+        name=name.name,
+        versions=[version_proto(each) for each in name.versions],
+        aliases=[alias_proto(each) for each in name.aliases],
+    )
+
+
+def lineage_proto(graph: Graph) -> GetModelLineageResponse:
+    """Lineage as clients see it."""
+    return GetModelLineageResponse(
+        nodes=[
+            LineageNode(id=each.id, kind=each.kind, name=each.name, licence=each.licence, deleted=each.deleted)
+            for each in graph.nodes.values()
+        ],
+        edges=[LineageEdge(from_id=each.from_id, to_id=each.to_id, relation=each.relation) for each in graph.edges],
     )

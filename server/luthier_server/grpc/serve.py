@@ -1,7 +1,7 @@
 """The gRPC server: its options, its services, its start and its end."""
 
 import asyncio
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 
 import grpc
 import structlog
@@ -46,7 +46,7 @@ class GrpcServer:
 
     def __init__(
         self,
-        services: Mapping[ServiceDescriptor, object],
+        services: Mapping[ServiceDescriptor, Sequence[object]],
         *,
         tokens: Tokens | None = None,
         certificate: Certificate | None = None,
@@ -57,7 +57,7 @@ class GrpcServer:
         self._server = grpc.aio.server(options=_OPTIONS, interceptors=interceptors)
         self.health = Health(names)
         self._server.add_generic_rpc_handlers(
-            tuple(service_handler(service, implementation) for service, implementation in services.items())
+            tuple(service_handler(service, *implementations) for service, implementations in services.items())
         )
         health_pb2_grpc.add_HealthServicer_to_server(self.health, self._server)
         reflection.enable_server_reflection([*names, "grpc.health.v1.Health", reflection.SERVICE_NAME], self._server)

@@ -1,25 +1,16 @@
-"""FineTuning and Models, a thin layer over `jobs` and `registry`."""
-
-import asyncio
-import re
-from collections.abc import AsyncIterator
+"""FineTuning, a thin layer over `jobs`."""
 
 from luthier.v1 import fine_tuning_pb2 as ft
-from luthier.v1 import models_pb2 as md
 from luthier.v1.job_pb2 import Job as JobProto
-from luthier.v1.model_pb2 import ModelFile
 from luthier_server.estimates import Estimates
 from luthier_server.grpc import paging
 from luthier_server.grpc.boundary import Context, writes
-from luthier_server.grpc.convert import checkpoint_proto, job_proto, model_proto
+from luthier_server.grpc.convert import checkpoint_proto, job_proto
 from luthier_server.grpc.watch import Watch
 from luthier_server.job import QUEUED, Job
 from luthier_server.jobs import Jobs
-from luthier_server.registry import Registry
 
 TENANT = "default"
-_CHUNK = 256 * 1024
-_CHECKPOINT = re.compile(r"(?P<job>job_[0-9A-Z]{26}):step-(?P<step>[0-9]{1,12})")
 
 
 class FineTuning:
@@ -93,47 +84,3 @@ class FineTuning:
     async def WatchJob(self, request: ft.WatchJobRequest, context: Context) -> None:
         """Streams a job's events."""
         await self._watch.serve(TENANT, request, context)
-
-
-class ModelService:
-    """luthier.v1.Models."""
-
-    def __init__(self, registry: Registry, jobs: Jobs) -> None:
-        self._registry = registry
-        self._jobs = jobs
-
-    async def GetModel(self, request: md.GetModelRequest) -> md.GetModelResponse:
-        """Returns a model."""
-        return md.GetModelResponse(model=model_proto(await self._registry.get(TENANT, request.model_id)))
-
-    async def ListModels(self, request: md.ListModelsRequest) -> md.ListModelsResponse:
-        """Lists models, newest first."""
-        limit = paging.size(request)
-        found = await self._registry.page(
-            TENANT, below=paging.below(request, request.page_token), limit=limit + 1, id_prefix=request.id_prefix
-        )
-        return md.ListModelsResponse(
-            models=[model_proto(each) for each in found[:limit]],
-            next_page_token=paging.token(request, found[limit - 1].id) if len(found) > limit else "",
-        )
-
-    async def DownloadModel(
-        self, request: md.DownloadModelRequest, context: Context
-    ) -> AsyncIterator[md.DownloadModelResponse]:
-        """Streams the files of a model or checkpoint."""
-        if match := _CHECKPOINT.fullmatch(request.model_id):
-            directory = await self._jobs.checkpoint_dir(TENANT, match["job"], int(match["step"]))
-        else:
-            directory = self._registry.directory((await self._registry.get(TENANT, request.model_id)).id)
-        files = await self._registry.files(directory)
-        yield md.DownloadModelResponse(
-            manifest=md.DownloadManifest(
-                files=[ModelFile(path=each.name, size_bytes=each.size_bytes, sha256=each.sha256) for each in files]
-            )
-        )
-        for each in files:
-            with await asyncio.to_thread(open, each.path, "rb") as file:
-                offset = 0
-                while data := await asyncio.to_thread(file.read, _CHUNK):
-                    yield md.DownloadModelResponse(chunk=md.FileChunk(path=each.name, offset=offset, data=data))
-                    offset += len(data)

@@ -10,7 +10,8 @@ from google.protobuf.message import DecodeError
 from luthier.v1.event_pb2 import DatasetsChecked, JobEvent
 from luthier.v1.job_pb2 import JobError, JobSpec, JobState, Progress
 from luthier_server.errors import StoreCorrupt
-from luthier_server.job import PAUSED, PAUSING, PREPARING, QUEUED, RUNNING, VALIDATING, Job
+from luthier_server.job import PAUSED, PAUSING, PREPARING, QUEUED, RUNNING, TERMINAL, VALIDATING, Job
+from luthier_server.lanes import Lane
 from luthier_server.store.database import Database, Row, Transaction
 
 _CHECKED_TAG = JobEvent(datasets_checked=DatasetsChecked()).SerializeToString()[:2]
@@ -32,6 +33,8 @@ class Attempt:
     outcome: bytes
     slot: int
     end_time: int
+    lane: str = "device"
+    export_id: str = ""
 
 
 @dataclass(frozen=True, slots=True)
@@ -78,6 +81,7 @@ def _parsed(row: Row) -> Job:
         retry_time=row["retry_time"],
         pause_reason=row["pause_reason"],
         compacted_sequence=row["compacted_sequence"],
+        export_id=row["export_id"],
     )
 
 
@@ -130,12 +134,12 @@ class Jobs:
         parameters.append(limit)
         return [_job(row) for row in await self._database.read(" ".join(sql), parameters)]
 
-    async def queued_ids(self, tenant: str) -> list[str]:
-        """Ids of the jobs that wait for a slot, the next one first."""
+    async def queued(self, tenant: str) -> list[tuple[str, str]]:
+        """The jobs that wait for a slot, as id and lane, of each lane the next one first."""
         rows = await self._database.read(
-            "SELECT id FROM jobs WHERE tenant = ? AND state = ? ORDER BY id", (tenant, QUEUED)
+            "SELECT id, lane FROM jobs WHERE tenant = ? AND state = ? ORDER BY id", (tenant, QUEUED)
         )
-        return [row["id"] for row in rows]
+        return [(row["id"], row["lane"]) for row in rows]
 
     async def validating(self) -> list[Job]:
         """Jobs that are being validated, the oldest first; at most 100."""
@@ -193,6 +197,11 @@ class Jobs:
         rows = await self._database.read("SELECT * FROM attempts WHERE job_id = ? AND number = ?", (job_id, number))
         return _attempt(rows[0])
 
+    async def made(self, tenant: str, model_id: str) -> bool:
+        """Whether a job made this model, also when that was deleted since."""
+        sql = "SELECT 1 FROM jobs WHERE tenant = ? AND model_id = ? LIMIT 1"
+        return bool(await self._database.read(sql, (tenant, model_id)))
+
     async def checkpoints(self, tenant: str, job_id: str) -> list[Checkpoint]:
         """Checkpoints, newest first: by attempt, then by step."""
         rows = await self._database.read(
@@ -205,8 +214,8 @@ class Jobs:
 async def insert(transaction: Transaction, job: Job, request_id: str, request_sha256: str) -> None:
     """Adds a job with its labels. Raises sqlite3.IntegrityError when the request id is taken."""
     await transaction.execute(
-        "INSERT INTO jobs (id, tenant, state, spec, resolved_spec, request_id, request_sha256, create_time)"
-        " VALUES (?, ?, ?, ?, ?, ?, ?, ?)",
+        "INSERT INTO jobs (id, tenant, state, spec, resolved_spec, request_id, request_sha256, create_time, lane)"
+        " VALUES (?, ?, ?, ?, ?, ?, ?, ?, ?)",
         (
             job.id,
             job.tenant,
@@ -216,6 +225,7 @@ async def insert(transaction: Transaction, job: Job, request_id: str, request_sh
             request_id or None,
             request_sha256,
             job.create_time,
+            job.lane,
         ),
     )
     if job.spec.labels:
@@ -235,7 +245,7 @@ async def save(transaction: Transaction, job: Job) -> None:
     """Writes everything of a job that can change."""
     await transaction.execute(
         "UPDATE jobs SET state = ?, error = ?, progress = ?, attempt = ?, retries = ?, last_sequence = ?, model_id = ?,"
-        " start_time = ?, end_time = ?, retry_time = ?, pause_reason = ? WHERE id = ?",
+        " export_id = ?, start_time = ?, end_time = ?, retry_time = ?, pause_reason = ? WHERE id = ?",
         (
             job.state,
             job.error.SerializeToString(),
@@ -244,6 +254,7 @@ async def save(transaction: Transaction, job: Job) -> None:
             job.retries,
             job.last_sequence,
             job.model_id,
+            job.export_id,
             job.start_time,
             job.end_time,
             job.retry_time,
@@ -262,8 +273,8 @@ async def load_attempt(transaction: Transaction, job_id: str, number: int) -> At
 async def insert_attempt(transaction: Transaction, attempt: Attempt, tenant: str, now: int) -> None:
     """Adds an attempt that is about to start."""
     await transaction.execute(
-        "INSERT INTO attempts (tenant, job_id, number, reason, resume_from, model_id, slot, start_time)"
-        " VALUES (?, ?, ?, ?, ?, ?, ?, ?)",
+        "INSERT INTO attempts (tenant, job_id, number, reason, resume_from, model_id, export_id, lane, slot,"
+        " start_time) VALUES (?, ?, ?, ?, ?, ?, ?, ?, ?, ?)",
         (
             tenant,
             attempt.job_id,
@@ -271,6 +282,8 @@ async def insert_attempt(transaction: Transaction, attempt: Attempt, tenant: str
             attempt.reason,
             attempt.resume_from,
             attempt.model_id,
+            attempt.export_id,
+            attempt.lane,
             attempt.slot,
             now,
         ),
@@ -304,6 +317,18 @@ async def insert_checkpoints(transaction: Transaction, tenant: str, checkpoints:
             for each in checkpoints
         ],
     )
+
+
+async def exporting_checkpoints(transaction: Transaction, tenant: str, job_id: str) -> list[str]:
+    """The jobs that export a checkpoint of a job and have not ended, also paused ones; at most 10."""
+    ended = tuple(TERMINAL)
+    rows = await transaction.fetch(
+        "SELECT id FROM jobs WHERE tenant = ? AND lane = ?"
+        f" AND state NOT IN ({', '.join('?' * len(ended))})"
+        " AND json_extract(resolved_spec, '$.export.model') LIKE ? LIMIT 10",
+        (tenant, Lane.CPU, *ended, f"{job_id}:%"),
+    )
+    return [row["id"] for row in rows]
 
 
 async def bury(transaction: Transaction, job: Job, now: int) -> None:

@@ -6,6 +6,7 @@ from unit.client.fake_datasets import tokens_of
 
 from luthier.v1 import event_pb2 as ev
 from luthier.v1 import job_pb2 as jb
+from luthier.v1.export_proof_pb2 import ExportProof
 
 
 def log_of(job_id: str, row: dict[str, Any]) -> list[tuple[float, ev.JobEvent]]:
@@ -24,6 +25,9 @@ def log_of(job_id: str, row: dict[str, Any]) -> list[tuple[float, ev.JobEvent]]:
         due += pace
 
     state = jb.JOB_STATE_UNSPECIFIED
+    export = row["spec"].get("export")
+    if export is not None:
+        pace = float(export.get("proofRows", 0)) / 100
 
     def become(new: jb.JobState.ValueType, reason: str, **more: Any) -> None:
         nonlocal state
@@ -60,7 +64,32 @@ def log_of(job_id: str, row: dict[str, Any]) -> list[tuple[float, ev.JobEvent]]:
             )
         )
 
+    def write_export(model: str) -> None:
+        start(1, 0, "FIRST")
+        become(jb.JOB_STATE_RUNNING, "STARTED")
+        for done in range(3):
+            add(phase_progressed=ev.PhaseProgressed(phase=ev.PHASE_EXPORTING, completed=done, total=2, unit="files"))
+        add(phase_progressed=ev.PhaseProgressed(phase=ev.PHASE_PROVING, completed=8, total=16, unit="rows"))
+        proof = ExportProof(loader="llama.cpp", loader_version="b1", passed=model != "unequal", rows=16, tokens=512)
+        proof.checks.add(name="TEMPLATE", passed=True, value=1, limit=1)
+        agreement = 0.99999 if proof.passed else 0.25
+        told = "" if proof.passed else "row 3: \x1b[2J'lute', not 'harp'"
+        proof.checks.add(name="TOP1_AGREEMENT", passed=proof.passed, value=agreement, limit=0.9, message=told)
+        proof.checks.add(name="PERPLEXITY_RATIO", passed=True, value=1.01, limit=1.1, is_ceiling=True)
+        add(export_proven=ev.ExportProven(proof=proof))
+        if not proof.passed:
+            error = jb.JobError(reason="EXPORT_NOT_EQUAL", message="It answers otherwise.", hint="Take more bits.")
+            become(jb.JOB_STATE_FAILED, "EXPORT_NOT_EQUAL", error=error)
+            return
+        add(phase_progressed=ev.PhaseProgressed(phase=ev.PHASE_PUBLISHING, completed=1, total=2, unit="files"))
+        become(jb.JOB_STATE_SUCCEEDED, "FINISHED", export_id=job_id.replace("job_", "export_"))
+
     become(jb.JOB_STATE_VALIDATING, "SUBMITTED")
+    if export is not None:
+        become(jb.JOB_STATE_QUEUED, "VALID")
+        become(jb.JOB_STATE_PREPARING, "SLOT_FREE")
+        write_export(export["model"])
+        return entries
     if labels.get("checked"):
         add(datasets_checked=ev.DatasetsChecked(training=tokens_of("ds_1", "builtin/tiny")))
     become(jb.JOB_STATE_QUEUED, "VALID")

@@ -35,18 +35,16 @@ from google.rpc import error_details_pb2
 from unit.client.fake_datasets import FakeDatasets
 from unit.client.fake_guard import Guard, info, status
 from unit.client.fake_log import log_of
+from unit.client.fake_models import FakeModels
 
 from luthier.v1 import datasets_pb2_grpc, fine_tuning_pb2_grpc, models_pb2_grpc
 from luthier.v1 import event_pb2 as ev
 from luthier.v1 import fine_tuning_pb2 as ft
 from luthier.v1 import job_pb2 as jb
-from luthier.v1 import models_pb2 as md
 from luthier.v1.dataset_pb2 import Dataset
 from luthier.v1.estimate_pb2 import JobEstimate
-from luthier.v1.model_pb2 import Model, ModelFile
 
 VERSION = "9.8.7"
-FILES = {"adapter_config.json": b'{"r": 16}\n', "adapter_model.safetensors": bytes(range(256)) * 3000, "empty.txt": b""}
 
 
 class State:
@@ -72,7 +70,7 @@ def spec_of(row: dict[str, Any]) -> jb.JobSpec:
     return json_format.ParseDict(row["spec"], jb.JobSpec())
 
 
-class Services(fine_tuning_pb2_grpc.FineTuningServicer, models_pb2_grpc.ModelsServicer):
+class Services(fine_tuning_pb2_grpc.FineTuningServicer):
     def __init__(self, state: State) -> None:
         self.state = state
         self.refusals: dict[str, int] = {}
@@ -92,6 +90,7 @@ class Services(fine_tuning_pb2_grpc.FineTuningServicer, models_pb2_grpc.ModelsSe
             if event.HasField("state_changed"):
                 job.state = event.state_changed.state
                 job.model_id = event.state_changed.model_id
+                job.export_id = event.state_changed.export_id
                 if event.state_changed.HasField("error"):
                     job.error.CopyFrom(event.state_changed.error)
             if event.HasField("step_completed"):
@@ -258,42 +257,6 @@ class Services(fine_tuning_pb2_grpc.FineTuningServicer, models_pb2_grpc.ModelsSe
                 return
             await asyncio.sleep(0.01)
 
-    def models(self) -> list[Model]:
-        jobs = [self.job(job_id) for job_id in sorted(self.state.rows, reverse=True)]
-        return [
-            Model(id=job.model_id, name="tiny-cards", job_id=job.id, base_model="builtin/tiny", adaptation="lora",
-                  step=job.progress.step, size_bytes=sum(map(len, FILES.values())), metrics={"eval_loss": 0.9})
-            for job in jobs if job.model_id
-        ]  # fmt: skip
-
-    async def GetModel(self, request: Any, context: Any) -> Any:
-        for model in self.models():
-            if model.id == request.model_id:
-                return md.GetModelResponse(model=model)
-        await context.abort(*status(grpc.StatusCode.NOT_FOUND, "no such model", info("MODEL_NOT_FOUND")))
-
-    async def ListModels(self, request: Any, context: Any) -> Any:
-        return md.ListModelsResponse(models=[each for each in self.models() if each.id.startswith(request.id_prefix)])
-
-    async def DownloadModel(self, request: Any, context: Any) -> AsyncIterator[Any]:
-        """Any id brings the files; `escape`, `damaged` and `short` bring what a client must refuse."""
-        files = [
-            ModelFile(path=path, size_bytes=len(data), sha256=hashlib.sha256(data).hexdigest())
-            for path, data in FILES.items()
-        ]
-        if request.model_id == "escape":
-            files[0].path = "../escaped"
-        yield md.DownloadModelResponse(manifest=md.DownloadManifest(files=files))
-        for file in files:
-            data = FILES.get(file.path, b"gotcha")
-            if request.model_id == "damaged":
-                data = bytes(len(data))
-            if request.model_id == "short":
-                data = data[:-1]
-            for start in range(0, len(data), 65536):
-                chunk = md.FileChunk(path=file.path, offset=start, data=data[start : start + 65536])
-                yield md.DownloadModelResponse(chunk=chunk)
-
 
 async def _health(_: bytes, context: Any) -> bytes:
     await context.send_initial_metadata((("luthier-version", VERSION),))
@@ -307,7 +270,7 @@ async def serve(listen: str, root: Path, token: str) -> None:
     services = Services(state)
     fine_tuning_pb2_grpc.add_FineTuningServicer_to_server(services, server)
     datasets_pb2_grpc.add_DatasetsServicer_to_server(FakeDatasets(state), server)
-    models_pb2_grpc.add_ModelsServicer_to_server(services, server)
+    models_pb2_grpc.add_ModelsServicer_to_server(FakeModels(state, services.job), server)
     check: Any = grpc.unary_unary_rpc_method_handler(_health)
     server.add_generic_rpc_handlers((grpc.method_handlers_generic_handler("grpc.health.v1.Health", {"Check": check}),))
     port = server.add_insecure_port(listen)

@@ -20,7 +20,13 @@ def loaded_by(code: str) -> set[str]:
 
 
 def test_help_loads_neither_grpc_nor_rich_nor_yaml() -> None:
-    for arguments in (["--help"], ["train", "--help"], ["job", "list", "--help"]):
+    for arguments in (
+        ["--help"],
+        ["train", "--help"],
+        ["job", "list", "--help"],
+        ["model", "--help"],
+        ["export", "get", "--help"],
+    ):
         loaded = loaded_by(f"from luthier_client.cli.main import cli\ncli({arguments!r}, standalone_mode=False)")
         assert "click" in loaded
         assert not loaded & {"grpc", "google", "rich", "yaml", "luthier", "asyncio"}

@@ -5,8 +5,9 @@ from pathlib import Path
 from typing import Any
 
 import pytest
+from unit.client.fake_models import FILES
 from unit.client.fake_server import FakeServer, job_spec
-from unit.client.fake_service import FILES, VERSION
+from unit.client.fake_service import VERSION
 
 from luthier.v1.job_pb2 import JOB_STATE_CANCELLED, JOB_STATE_FAILED, JOB_STATE_SUCCEEDED
 from luthier_client import AsyncClient, Client, JobCancelled, JobFailed, errors
@@ -228,7 +229,7 @@ def test_the_two_clients_and_handles_offer_the_same_methods() -> None:
     from luthier_client import AsyncJobHandle, JobHandle
 
     def names(kind: Any) -> set[str]:
-        return {name for name in vars(kind) if not name.startswith("_")}
+        return {name for name in dir(kind) if not name.startswith("_")}
 
     assert names(AsyncClient) == names(Client)
     assert names(AsyncJobHandle) == names(JobHandle)

@@ -12,7 +12,8 @@ import pytest
 from unit.client.fake_server import FakeServer
 
 from luthier_client import AsyncClient, Client, errors
-from luthier_client.upload import CHUNK, Persistence, open_upload
+from luthier_client.persistence import Persistence
+from luthier_client.upload import CHUNK, broke_off, open_upload
 
 ROW = b'{"prompt": "a", "completion": "b"}\n'
 
@@ -122,7 +123,7 @@ def test_a_server_that_stays_away_is_given_up_after_a_while_and_bytes_renew_the_
             time.sleep(0.01)
     patient.met(1)
     assert patient.pause_after(lost) > 0
-    busy = Persistence()
+    busy = Persistence(passing=broke_off)
     failed = errors.Unavailable("a worker failed", reason="UNAVAILABLE")
     for _ in range(3):
         busy.met(5)

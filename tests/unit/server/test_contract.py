@@ -9,15 +9,21 @@ import pytest
 from google.protobuf.message import Message
 
 from luthier.v1.dataset_pb2 import DatasetFormat, DatasetLineage, DatasetReading
+from luthier.v1.export_proof_pb2 import ExportProof
+from luthier.v1.export_task_pb2 import ExportTask, GgufExport
 from luthier.v1.job_pb2 import JobError, JobSpec, JobState, Progress
+from luthier.v1.model_pb2 import LineageKind, ModelFile
 from luthier_server import errors
 from luthier_server.change import Change
 from luthier_server.grpc import boundary, convert, paging
 from luthier_server.ids import Ids
 from luthier_server.job import FAILED, TERMINAL, TRANSITIONS, IllegalTransition, Job, check_transition
+from luthier_server.lineage import Edge, Graph, Node
 from luthier_server.store.datasets import Dataset
+from luthier_server.store.exports import Export
 from luthier_server.store.jobs import Checkpoint
-from luthier_server.store.models import Model
+from luthier_server.store.model_names import Alias, Move, Name
+from luthier_server.store.models import Model, Version
 
 
 def a_job(**fields: Any) -> Job:
@@ -37,6 +43,7 @@ def a_job(**fields: Any) -> Job:
         start_time=2,
         end_time=3,
         retry_time=4,
+        export_id="export_1",
     )
     return dataclasses.replace(job, **fields)
 
@@ -59,8 +66,45 @@ def a_dataset() -> Dataset:
     )
 
 
+VERSION = Version("support-bot", 3, "model_1", 1)
+ALIAS = Alias("support-bot", "production", 3, "model_1", [Move(1, 3, 0, 1, rollback=True)])
+LINEAGE = Graph(
+    {"m": Node("m", LineageKind.LINEAGE_KIND_MODEL, "n", "mit", deleted=True)}, {Edge("m", "n", "parent"): None}
+)
+
+
 def a_model() -> Model:
-    return Model("model_1", "default", "n", "job_1", "b", "lora", 1, 1, {"loss": 1.0}, 1, "ds_1", "ds_2")
+    return Model(
+        id="model_1",
+        tenant="default",
+        name="n",
+        job_id="job_1",
+        base_model="b",
+        adaptation="lora",
+        step=1,
+        size_bytes=1,
+        metrics={"loss": 1.0},
+        create_time=1,
+        training_dataset="ds_1",
+        validation_dataset="ds_2",
+        base_model_revision="main",
+        base_licence="mit",
+        parent_model="model_0",
+        checkpoint="job_1:step-1",
+        description="d",
+        spec=JobSpec(display_name="x"),
+        resolved_spec=JobSpec(display_name="x"),
+        tags={"a": "b"},
+        versions=(VERSION,),
+        aliases=("support-bot@production",),
+    )
+
+
+def an_export() -> Export:
+    file = ModelFile(path="model.gguf", size_bytes=1, sha256="0" * 64)
+    task = ExportTask(model="model_1", gguf=GgufExport())
+    proof = ExportProof(loader="llama.cpp", passed=True)
+    return Export("export_1", "default", "model_1", "job_1", task, [file], proof, 1, "s3://models/1", 1)
 
 
 @pytest.mark.parametrize(
@@ -70,6 +114,14 @@ def a_model() -> Model:
         convert.dataset_proto(a_dataset()),
         convert.checkpoint_proto(Checkpoint("job_1", 1, 1, "000001-a1", 1, 1)),
         convert.model_proto(a_model()),
+        convert.export_proto(an_export()),
+        convert.version_proto(VERSION),
+        convert.alias_proto(ALIAS),
+        convert.alias_proto(ALIAS).history[0],
+        convert.name_proto(Name("support-bot", [VERSION], [ALIAS])),
+        convert.lineage_proto(LINEAGE),
+        convert.lineage_proto(LINEAGE).nodes[0],
+        convert.lineage_proto(LINEAGE).edges[0],
     ],
     ids=lambda message: type(message).__name__,
 )
@@ -92,7 +144,7 @@ def an_error(kind: type[errors.LuthierError]) -> errors.LuthierError:
     if issubclass(kind, errors.AlreadyExists):
         return kind(long, kind="job", name=long)
     if issubclass(kind, errors.FailedPrecondition):
-        return kind(long, subject="job")
+        return kind(long, subject="job", obstacles=[errors.Obstacle("JOB", long, long)] * 100)
     if issubclass(kind, errors.InvalidArgument):
         return kind(long, many, metadata={"lines": "1," * 2000})
     if kind in (errors.StorageFull, errors.Draining):

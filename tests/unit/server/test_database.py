@@ -4,12 +4,15 @@ import asyncio
 import contextlib
 import sqlite3
 from collections.abc import AsyncIterator, Awaitable, Callable
+from importlib import resources
 from pathlib import Path
 
 import pytest
 
 from luthier_server.errors import NotFound, StorageFull, StoreBusy, StoreCorrupt
 from luthier_server.store.database import Database, Transaction
+from luthier_server.store.model_names import register
+from luthier_server.store.models import Models
 
 
 @contextlib.asynccontextmanager
@@ -161,3 +164,44 @@ async def test_every_table_has_a_tenant(tmp_path: Path) -> None:
         for table in tables:
             columns = {row["name"] for row in await database.read(f"PRAGMA table_info({table})")}
             assert "tenant" in columns or table == "meta", table
+
+
+async def test_models_of_an_older_server_get_their_jobs_specs_and_their_parents(tmp_path: Path) -> None:
+    path = tmp_path / "luthier.db"
+    migrations = sorted(
+        resources.files("luthier_server.store").joinpath("migrations").iterdir(), key=lambda each: each.name
+    )
+    parent, child = "model_01ARZ3NDEKTSV4RRFFQ69G5FA0", "model_01ARZ3NDEKTSV4RRFFQ69G5FA1"
+    with contextlib.closing(sqlite3.connect(path)) as old:
+        for file in migrations[:3]:
+            old.executescript(file.read_text())
+        old.execute("PRAGMA user_version=3")
+        old.execute(
+            "INSERT INTO jobs (id, state, spec, resolved_spec, request_sha256, create_time)"
+            " VALUES ('job_1', 8, '{\"displayName\": \"asked\"}',"
+            ' \'{"displayName": "decided", "fineTune": {"baseModelRevision": "v1"}}\', \'\', 1)'
+        )
+        for model_id, job_id, base in ((parent, "job_gone", "model_zoo/x"), (child, "job_1", parent)):
+            old.execute(
+                "INSERT INTO models (id, name, job_id, base_model, adaptation, step, size_bytes, create_time)"
+                " VALUES (?, 'n', ?, ?, 'lora', 1, 1, 1)",
+                (model_id, job_id, base),
+            )
+        old.commit()
+    async with opened(tmp_path) as database:
+        models = Models(database)
+        before, after = await models.get("default", parent), await models.get("default", child)
+        assert before is not None
+        assert after is not None
+        assert (before.parent_model, before.spec, before.base_licence) == ("", None, "")
+        assert (before.base_model_revision, after.base_model_revision) == ("", "v1")
+        assert after.parent_model == parent
+        assert after.spec is not None
+        assert after.resolved_spec is not None
+        assert (after.spec.display_name, after.resolved_spec.display_name) == ("asked", "decided")
+        assert [each.id for each in await models.children("default", parent)] == [child]
+        await database.write(lambda transaction: register(transaction, "default", "old", child, 1))
+        assert [
+            each.name for each in (await models.page("default", below="", limit=9, id_prefix="", name="old", tags={}))
+        ]
+    assert path.with_name("luthier.db.schema-3").exists()

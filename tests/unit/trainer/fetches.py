@@ -40,8 +40,9 @@ class Web:
 
 
 @contextmanager
-def web(certificate: tuple[Path, Path] | None = None) -> Iterator[Web]:
-    """A web server for the time of the block; by TLS when it is given a certificate and its key."""
+def web(certificate: tuple[Path, Path] | None = None, methods: tuple[str, ...] = ()) -> Iterator[Web]:
+    """A web server for the time of the block; by TLS when it is given a certificate and its key. methods: beside GET,
+    HEAD and POST."""
 
     class Handler(BaseHTTPRequestHandler):
         protocol_version = "HTTP/1.1"
@@ -59,6 +60,9 @@ def web(certificate: tuple[Path, Path] | None = None) -> Iterator[Web]:
 
         def log_message(self, format: str, *arguments: Any) -> None:
             pass
+
+    for method in methods:
+        setattr(Handler, f"do_{method}", Handler.do_GET)
 
     class Server(ThreadingHTTPServer):
         def handle_error(self, request: Any, client_address: Any) -> None:

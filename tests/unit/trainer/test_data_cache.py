@@ -6,47 +6,56 @@ import os
 import subprocess
 import sys
 import time
+from contextlib import ExitStack
 from pathlib import Path
+from typing import Any
 
 import pytest
+import warm
+from unit.trainer.attempts import wait_for
 
-from luthier_trainer import durable
-from luthier_trainer.data.tokens import cache
-from luthier_trainer.data.tokens.cache import COUNTS
-
-ROWS = 600
-SCRIPT = """
-import sys
-from pathlib import Path
 from luthier.trainer.v1 import task_pb2
-from transformers import AutoTokenizer
-from luthier_trainer.data.tokens import cache, tokenised
+from luthier_trainer import durable
 from luthier_trainer.data.masks.masking import Masking
+from luthier_trainer.data.masks.template import template_of
+from luthier_trainer.data.tokens import cache, tokenised
+from luthier_trainer.data.tokens.cache import COUNTS
 from luthier_trainer.data.tokens.options import Options
 from luthier_trainer.data.tokens.overlong import Overlong
-from luthier_trainer.data.masks.template import template_of
 from luthier_trainer.inspect import BUILTIN
+from luthier_trainer.report import Payload
 
-class Silent:
-    def report(self, payload, *, durable=False): pass
+ROWS = 600
 
-source = task_pb2.DatasetSource(path=sys.argv[1], rows=600)
-tokenizer = AutoTokenizer.from_pretrained(BUILTIN / "tiny")
-move = cache._move
 
-def move_when_told(*arguments):
-    print("built", flush=True)
-    sys.stdin.readline()
-    move(*arguments)
+class _Silent:
+    def report(self, payload: Payload, *, durable: bool = False) -> None:
+        pass
 
-if sys.argv[3:] == ["wait"]:
-    cache._move = move_when_told
-options = Options(64, Overlong.TRUNCATE, Masking())
-template = template_of(tokenizer)
-rows = tokenised.load(source, tokenizer, template, options, cache_dir=Path(sys.argv[2]), reporter=Silent())
-if sys.argv[3:] == ["wait"]:
-    print(len(rows), rows.lengths.sum(), rows.scored.sum(), flush=True)
-"""
+
+def build(data: Path, cache_dir: Path) -> tokenised.TokenisedRows:
+    """What a trainer does with its rows."""
+    from transformers import AutoTokenizer
+
+    tokenizer = AutoTokenizer.from_pretrained(BUILTIN / "tiny")
+    source = task_pb2.DatasetSource(path=str(data), rows=ROWS)
+    options, template = Options(64, Overlong.TRUNCATE, Masking()), template_of(tokenizer)
+    return tokenised.load(source, tokenizer, template, options, cache_dir=cache_dir, reporter=_Silent())
+
+
+def build_when_told(data: Path, cache_dir: Path, told: Path) -> None:
+    """Says when a copy is built, and moves it to its place once the file `told` is there."""
+    move = cache._move
+
+    def move_when_told(*arguments: Any) -> None:
+        sys.stdout.write("built\n")
+        sys.stdout.flush()
+        wait_for(told.exists)
+        move(*arguments)
+
+    cache._move = move_when_told  # type: ignore[assignment]
+    rows = build(data, cache_dir)
+    sys.stdout.write(f"{len(rows)} {rows.lengths.sum()} {rows.scored.sum()}\n")
 
 
 def write_rows(path: Path) -> Path:
@@ -75,22 +84,21 @@ def names(cache_dir: Path) -> list[str]:
 
 def test_two_processes_that_build_at_once_agree_and_leave_one_copy(tmp_path: Path) -> None:
     data = write_rows(tmp_path / "rows.jsonl")
-    command = [sys.executable, "-c", SCRIPT, str(data), str(tmp_path), "wait"]
-    processes = [subprocess.Popen(command, stdin=subprocess.PIPE, stdout=subprocess.PIPE, text=True) for _ in range(2)]
-    try:
+    built, told = tmp_path / "cache", tmp_path / "told"
+    with ExitStack() as stack:
+        processes = [
+            stack.enter_context(warm.started(build_when_told, data, built, told, output=tmp_path / f"output-{number}"))
+            for number in range(2)
+        ]
         for process in processes:
-            assert process.stdout is not None
-            assert process.stdout.readline() == "built\n"
-        assert len(names(tmp_path)) == 2, "each has built a copy aside"
-        answers = [process.communicate("go\n", timeout=60)[0] for process in processes]
-    finally:
-        for process in processes:
-            process.kill()
-            process.wait()
-    assert [process.returncode for process in processes] == [0, 0]
+            wait_for(lambda process=process: process.printed() == "built\n", 60)  # type: ignore[misc]
+        assert len(names(built)) == 2, "each has built a copy aside"
+        told.touch()
+        assert [process.wait() for process in processes] == [0, 0]
+        answers = [process.printed() for process in processes]
     assert answers[0] == answers[1]
-    assert answers[0].startswith(f"{ROWS} ")
-    assert [name[0] != "." for name in names(tmp_path)] == [True]
+    assert answers[0].startswith(f"built\n{ROWS} ")
+    assert [name[0] != "." for name in names(built)] == [True]
 
 
 def test_nothing_is_printed_or_written_outside_the_cache(tmp_path: Path) -> None:
@@ -98,9 +106,11 @@ def test_nothing_is_printed_or_written_outside_the_cache(tmp_path: Path) -> None
     home.mkdir()
     data = write_rows(tmp_path / "rows.jsonl")
     environment = {name: value for name, value in os.environ.items() if not name.startswith(("HF_", "XDG_"))}
+    program = "import sys; from pathlib import Path; from test_data_cache import build; build(*map(Path, sys.argv[1:]))"
+    path = os.pathsep.join([str(Path(__file__).parent), *sys.path])
     done = subprocess.run(
-        [sys.executable, "-c", SCRIPT, str(data), str(folder)],
-        env=environment | {"HOME": str(home)},
+        [sys.executable, "-c", program, data, folder],
+        env=environment | {"HOME": str(home), "PYTHONPATH": path},
         cwd=home,
         capture_output=True,
         timeout=120,

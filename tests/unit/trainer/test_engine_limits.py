@@ -1,15 +1,15 @@
 """What runs out: the disk, the memory, the patience of who cancels."""
 
 import json
-import os
+import resource
 import shutil
-import subprocess
 import sys
 import time
 from pathlib import Path
 from typing import Any
 
 import pytest
+import warm
 from fidelity.jobs import Recorder, StopAfter, chats, task, tiny_base
 from unit.trainer.attempts import JOB, kinds, read_spool
 
@@ -26,6 +26,7 @@ from luthier_trainer.data.tokens.options import Options
 from luthier_trainer.data.tokens.overlong import Overlong
 from luthier_trainer.errors import TrainingError
 from luthier_trainer.model import load_tokenizer
+from luthier_trainer.report import Payload
 
 
 def warnings(recorder: Recorder) -> list[str]:
@@ -37,10 +38,8 @@ def run_limited(folder: Path, job: task_pb2.TrainerTask, kib: int) -> list[repor
     attempt_dir = folder / "jobs" / JOB / "attempt-1"
     attempt_dir.mkdir(parents=True)
     (attempt_dir / attempt.TASK).write_bytes(job.SerializeToString())
-    script = f'ulimit -f {kib} && exec "$0" -m luthier_trainer.main "$1"'
-    subprocess.run(
-        ["bash", "-c", script, sys.executable, str(attempt_dir)], capture_output=True, timeout=120, check=False
-    )
+    limits = {resource.RLIMIT_FSIZE: kib * 1024}
+    warm.run(warm.trainer, attempt_dir, output=folder / "output", limits=limits, seconds=120)
     return read_spool(attempt_dir)
 
 
@@ -132,6 +131,11 @@ def test_the_newest_checkpoint_survives_a_disk_that_stays_full(tmp_path: Path, m
     durable.verify_manifest(tmp_path / "checkpoints" / "000004-a1")
 
 
+def print_dropped(cache_dir: Path) -> None:
+    count, freed = tokenised.drop_unused(cache_dir)
+    sys.stdout.write(f"{count} {freed}\n")
+
+
 def test_a_tokenised_dataset_in_use_is_not_dropped_and_one_out_of_use_is(tmp_path: Path) -> None:
     tokenizer = load_tokenizer(task_pb2.BaseModelSource(location=str(inspect.BUILTIN / "tiny")))
     source = task_pb2.DatasetSource(path=str(chats(tmp_path / "chats.jsonl")))
@@ -142,16 +146,11 @@ def test_a_tokenised_dataset_in_use_is_not_dropped_and_one_out_of_use_is(tmp_pat
         return tokenised.load(source, tokenizer, template, options, cache_dir=tmp_path, reporter=Recorder())
 
     rows = load()
-    program = (
-        "import sys; from pathlib import Path; from luthier_trainer.data.tokens import tokenised\n"
-        "print(*tokenised.drop_unused(Path(sys.argv[1])))"
-    )
 
     def drop() -> list[str]:
-        done = subprocess.run(
-            [sys.executable, "-c", program, str(tmp_path)], capture_output=True, text=True, check=True
-        )
-        return done.stdout.split()
+        code, printed = warm.run(print_dropped, tmp_path, output=tmp_path / "output")
+        assert code == 0, printed
+        return printed.split()
 
     assert drop() == ["0", "0"]
     assert len(rows) == 10
@@ -172,32 +171,28 @@ def test_a_reader_of_checkpoints_never_meets_one_that_is_half_deleted(
     assert checkpoint.newest_first(tmp_path) == []
 
 
-SQUEEZED = """
-import resource, sys
-from pathlib import Path
-from fidelity.jobs import Recorder
-from luthier.trainer.v1.task_pb2 import TrainerTask
-from luthier.v1 import event_pb2
-from luthier_trainer import sft
-from luthier_trainer.control import NoControl
+class _Squeeze(Recorder):
+    """Leaves the process `room` bytes of address space once the first step is done; 0 for no limit."""
 
-class Squeeze(Recorder):
-    def report(self, payload, *, durable=False):
+    def __init__(self, room: int) -> None:
+        super().__init__()
+        self._room = room
+
+    def report(self, payload: Payload, *, durable: bool = False) -> None:
         super().report(payload)
-        room = int(sys.argv[2])
-        if room and isinstance(payload, event_pb2.StepCompleted) and payload.step == 1:
+        if self._room and isinstance(payload, event_pb2.StepCompleted) and payload.step == 1:
             pages = int(Path("/proc/self/statm").read_text().split()[0])
-            limit = pages * resource.getpagesize() + room
+            limit = pages * resource.getpagesize() + self._room
             resource.setrlimit(resource.RLIMIT_AS, (limit, limit))
 
-recorder = Squeeze()
-sft.train(TrainerTask.FromString(Path(sys.argv[1]).read_bytes()), recorder, NoControl())
-for each in recorder.reports:
-    if isinstance(each, event_pb2.StepCompleted):
-        print("loss", each.loss.hex())
-    if isinstance(each, event_pb2.LogEmitted):
-        print("log", each.message)
-"""
+
+def train_squeezed(job: bytes, room: int) -> None:
+    recorder = _Squeeze(room)
+    sft.train(task_pb2.TrainerTask.FromString(job), recorder, NoControl())
+    for step in recorder.steps():
+        sys.stdout.write(f"loss {step.loss.hex()}\n")
+    for message in warnings(recorder):
+        sys.stdout.write(f"log {message}\n")
 
 
 def test_a_machine_that_runs_out_of_memory_goes_on_in_smaller_micro_batches_to_the_same_losses(tmp_path: Path) -> None:
@@ -211,18 +206,11 @@ def test_a_machine_that_runs_out_of_memory_goes_on_in_smaller_micro_batches_to_t
     for room in (0, 160 * 2**20):
         job = task(tmp_path / f"{room}", base, data, max_steps=2, batch_size=16, max_length=256, learning_rate=1e-3)
         job.spec.fine_tune.checkpoints.every_steps = 100
-        path = tmp_path / f"{room}.binpb"
-        path.write_bytes(job.SerializeToString())
-        done = subprocess.run(
-            [sys.executable, "-c", SQUEEZED, str(path), str(room)],
-            capture_output=True,
-            text=True,
-            timeout=150,
-            env=os.environ | {"OMP_NUM_THREADS": "1", "PYTHONPATH": _python_path()},
-            check=False,
+        code, printed = warm.run(
+            *(train_squeezed, job.SerializeToString(), room), output=tmp_path / f"{room}.log", seconds=150
         )
-        assert done.returncode == 0, done.stderr[-2000:]
-        found.append(done.stdout.splitlines())
+        assert code == 0, printed[-2000:]
+        found.append(printed.splitlines())
     logs = [[line for line in each if line.startswith("log")] for each in found]
     assert all("are cut off at their end" in line for line in logs[0])
     assert len(logs[1]) > len(logs[0])
@@ -230,10 +218,6 @@ def test_a_machine_that_runs_out_of_memory_goes_on_in_smaller_micro_batches_to_t
     losses = [[float.fromhex(line.split()[1]) for line in each if line.startswith("loss")] for each in found]
     assert len(losses[0]) == 2
     assert losses[1] == pytest.approx(losses[0], rel=1e-5)
-
-
-def _python_path() -> str:
-    return os.pathsep.join([str(Path(__file__).parents[2]), *sys.path])
 
 
 def _wide_base(folder: Path) -> Path:

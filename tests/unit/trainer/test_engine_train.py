@@ -50,6 +50,24 @@ def test_a_job_reports_its_plan_first_and_then_every_step(tmp_path: Path, base: 
     assert end.metrics["train_loss"] == pytest.approx(sum(each.loss for each in steps) / 8)
 
 
+def test_the_licence_of_the_base_is_reported_and_noted_beside_the_model(tmp_path: Path, base: Path, data: Path) -> None:
+    (base / "README.md").write_text("---\nlicense: mit\n---\n")
+    end = sft.train(task(tmp_path, base, data, max_steps=1), Recorder(), NoControl())
+    assert isinstance(end, report_pb2.Finished)
+    assert (end.base_licence, end.base_revision) == ("mit", "")
+    assert json.loads((tmp_path / "model" / "luthier.json").read_text())["base_model"]["licence"] == "mit"
+
+
+def test_a_job_leaves_alone_what_another_one_is_writing_beside_its_model(
+    tmp_path: Path, base: Path, data: Path
+) -> None:
+    elsewhere = tmp_path / ".tmp-model_of_another_job" / "adapter_model.safetensors"
+    elsewhere.parent.mkdir()
+    elsewhere.write_bytes(b"half")
+    sft.train(task(tmp_path, base, data, max_steps=1), Recorder(), NoControl())
+    assert elsewhere.read_bytes() == b"half"
+
+
 def test_max_steps_ends_training_before_the_epochs_do(tmp_path: Path, base: Path, data: Path) -> None:
     recorder = Recorder()
     sft.train(task(tmp_path, base, data, epochs=2.0, max_steps=4), recorder, NoControl())

@@ -11,6 +11,7 @@ from pathlib import Path
 from typing import Any
 
 import pytest
+import warm
 from fidelity.jobs import Recorder
 from transformers import AutoTokenizer
 from unit.trainer.attempts import HostConnection, ask, kinds, read_exit, read_spool, running_host, wait_for
@@ -248,9 +249,9 @@ def directory(data_dir: Path, request: task_pb2.TrainerTask, name: str = "0f3a")
     return place
 
 
-def run(place: Path, **more: Any) -> subprocess.CompletedProcess[bytes]:
-    command = [sys.executable, "-m", "luthier_trainer.main", str(place)]
-    return subprocess.run(command, capture_output=True, timeout=120, check=False, **more)
+def run(place: Path) -> int:
+    """The exit code of a trainer that runs the work."""
+    return warm.run(warm.trainer, place, output=place / "output", seconds=120)[0]
 
 
 def read_answer(place: Path) -> task_pb2.DataAnswer:
@@ -261,7 +262,8 @@ def test_a_process_leaves_its_answer_before_its_last_report(tmp_path: Path) -> N
     request = task(tmp_path, CHATS)
     request.check.SetInParent()
     place = directory(tmp_path, request)
-    assert run(place).returncode == 0
+    cold = subprocess.run([sys.executable, "-m", "luthier_trainer.main", str(place)], capture_output=True, timeout=120)
+    assert cold.returncode == 0
     assert read_answer(place).check.training.statistics.rows == 3
     reports = read_spool(place)
     assert kinds(reports)[0] == "started" and kinds(reports)[-1] == "finished"
@@ -272,7 +274,7 @@ def test_an_answer_that_is_an_error_is_a_failed_report_too(tmp_path: Path) -> No
     request = task(tmp_path, CHATS, base=str(tmp_path / "nothing"))
     request.preview.count = 1
     place = directory(tmp_path, request)
-    assert run(place).returncode == 1
+    assert run(place) == 1
     assert read_answer(place).error.reason == read_spool(place)[-1].failed.error.reason == "MODEL_NOT_FOUND"
 
 
@@ -281,7 +283,7 @@ def test_a_file_that_is_gone_is_an_answer(tmp_path: Path) -> None:
     request.check.SetInParent()
     Path(request.training_dataset.path).unlink()
     place = directory(tmp_path, request)
-    assert run(place).returncode == 1
+    assert run(place) == 1
     assert read_answer(place).error.reason == "INTERNAL"
 
 
@@ -298,19 +300,15 @@ def endless(folder: Path) -> task_pb2.TrainerTask:
 @pytest.mark.parametrize("how", ["control", "sigterm"])
 def test_a_check_that_is_not_wanted_any_more_leaves_at_once(tmp_path: Path, how: str) -> None:
     place = directory(tmp_path, endless(tmp_path))
-    process = subprocess.Popen([sys.executable, "-m", "luthier_trainer.main", str(place)])
-    try:
+    with warm.started(warm.trainer, place, output=place / "output") as process:
         wait_for(lambda: "phase_progressed" in kinds(read_spool(place)), 60)
         if how == "control":
             ask(place, task_pb2.CONTROL_ACTION_CANCEL)
         else:
-            process.send_signal(signal.SIGTERM)
+            os.kill(process.pid, signal.SIGTERM)
         asked = time.monotonic()
         process.wait(20)
         assert time.monotonic() - asked < 5
-    finally:
-        process.kill()
-        process.wait()
     assert kinds(read_spool(place))[-1] == "stopped"
     assert not (place / attempt.ANSWER).exists()
     assert list((tmp_path / "cache" / "tokenised").iterdir()) == []

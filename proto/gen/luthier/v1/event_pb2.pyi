@@ -11,6 +11,7 @@ import google.protobuf.internal.enum_type_wrapper
 import google.protobuf.message
 import google.protobuf.timestamp_pb2
 import luthier.v1.dataset_report_pb2
+import luthier.v1.export_proof_pb2
 import luthier.v1.job_pb2
 import sys
 import typing
@@ -44,6 +45,12 @@ class _PhaseEnumTypeWrapper(google.protobuf.internal.enum_type_wrapper._EnumType
     """Writing the model."""
     PHASE_FINDING_LEARNING_RATE: _Phase.ValueType  # 7
     """Finding the learning rate."""
+    PHASE_EXPORTING: _Phase.ValueType  # 8
+    """Writing an export."""
+    PHASE_PROVING: _Phase.ValueType  # 9
+    """Comparing an export with the tuned model."""
+    PHASE_PUBLISHING: _Phase.ValueType  # 10
+    """Copying an export to its destination."""
 
 class Phase(_Phase, metaclass=_PhaseEnumTypeWrapper):
     """What a job is busy with."""
@@ -64,6 +71,12 @@ PHASE_SAVING: Phase.ValueType  # 6
 """Writing the model."""
 PHASE_FINDING_LEARNING_RATE: Phase.ValueType  # 7
 """Finding the learning rate."""
+PHASE_EXPORTING: Phase.ValueType  # 8
+"""Writing an export."""
+PHASE_PROVING: Phase.ValueType  # 9
+"""Comparing an export with the tuned model."""
+PHASE_PUBLISHING: Phase.ValueType  # 10
+"""Copying an export to its destination."""
 Global___Phase: typing_extensions.TypeAlias = Phase
 
 class _LogLevel:
@@ -116,6 +129,7 @@ class JobEvent(google.protobuf.message.Message):
     RESUME_CHECKED_FIELD_NUMBER: builtins.int
     DATASETS_CHECKED_FIELD_NUMBER: builtins.int
     LEARNING_RATE_FOUND_FIELD_NUMBER: builtins.int
+    EXPORT_PROVEN_FIELD_NUMBER: builtins.int
     job_id: builtins.str
     """The job."""
     sequence: builtins.int
@@ -174,6 +188,10 @@ class JobEvent(google.protobuf.message.Message):
     def learning_rate_found(self) -> Global___LearningRateFound:
         """A range test found the learning rate."""
 
+    @property
+    def export_proven(self) -> Global___ExportProven:
+        """An export was compared with the tuned model."""
+
     def __init__(
         self,
         *,
@@ -193,10 +211,11 @@ class JobEvent(google.protobuf.message.Message):
         resume_checked: Global___ResumeChecked | None = ...,
         datasets_checked: Global___DatasetsChecked | None = ...,
         learning_rate_found: Global___LearningRateFound | None = ...,
+        export_proven: Global___ExportProven | None = ...,
     ) -> None: ...
-    def HasField(self, field_name: typing.Literal["attempt_started", b"attempt_started", "checkpoint_saved", b"checkpoint_saved", "datasets_checked", b"datasets_checked", "evaluation_completed", b"evaluation_completed", "event_time", b"event_time", "learning_rate_found", b"learning_rate_found", "log_emitted", b"log_emitted", "payload", b"payload", "phase_progressed", b"phase_progressed", "plan_resolved", b"plan_resolved", "resume_checked", b"resume_checked", "samples_generated", b"samples_generated", "state_changed", b"state_changed", "step_completed", b"step_completed"]) -> builtins.bool: ...
-    def ClearField(self, field_name: typing.Literal["attempt", b"attempt", "attempt_started", b"attempt_started", "checkpoint_saved", b"checkpoint_saved", "datasets_checked", b"datasets_checked", "evaluation_completed", b"evaluation_completed", "event_time", b"event_time", "job_id", b"job_id", "learning_rate_found", b"learning_rate_found", "log_emitted", b"log_emitted", "payload", b"payload", "phase_progressed", b"phase_progressed", "plan_resolved", b"plan_resolved", "resume_checked", b"resume_checked", "samples_generated", b"samples_generated", "sequence", b"sequence", "state_changed", b"state_changed", "step_completed", b"step_completed"]) -> None: ...
-    def WhichOneof(self, oneof_group: typing.Literal["payload", b"payload"]) -> typing.Literal["state_changed", "attempt_started", "plan_resolved", "phase_progressed", "step_completed", "evaluation_completed", "samples_generated", "checkpoint_saved", "log_emitted", "resume_checked", "datasets_checked", "learning_rate_found"] | None: ...
+    def HasField(self, field_name: typing.Literal["attempt_started", b"attempt_started", "checkpoint_saved", b"checkpoint_saved", "datasets_checked", b"datasets_checked", "evaluation_completed", b"evaluation_completed", "event_time", b"event_time", "export_proven", b"export_proven", "learning_rate_found", b"learning_rate_found", "log_emitted", b"log_emitted", "payload", b"payload", "phase_progressed", b"phase_progressed", "plan_resolved", b"plan_resolved", "resume_checked", b"resume_checked", "samples_generated", b"samples_generated", "state_changed", b"state_changed", "step_completed", b"step_completed"]) -> builtins.bool: ...
+    def ClearField(self, field_name: typing.Literal["attempt", b"attempt", "attempt_started", b"attempt_started", "checkpoint_saved", b"checkpoint_saved", "datasets_checked", b"datasets_checked", "evaluation_completed", b"evaluation_completed", "event_time", b"event_time", "export_proven", b"export_proven", "job_id", b"job_id", "learning_rate_found", b"learning_rate_found", "log_emitted", b"log_emitted", "payload", b"payload", "phase_progressed", b"phase_progressed", "plan_resolved", b"plan_resolved", "resume_checked", b"resume_checked", "samples_generated", b"samples_generated", "sequence", b"sequence", "state_changed", b"state_changed", "step_completed", b"step_completed"]) -> None: ...
+    def WhichOneof(self, oneof_group: typing.Literal["payload", b"payload"]) -> typing.Literal["state_changed", "attempt_started", "plan_resolved", "phase_progressed", "step_completed", "evaluation_completed", "samples_generated", "checkpoint_saved", "log_emitted", "resume_checked", "datasets_checked", "learning_rate_found", "export_proven"] | None: ...
 
 Global___JobEvent: typing_extensions.TypeAlias = JobEvent
 
@@ -241,6 +260,7 @@ class StateChanged(google.protobuf.message.Message):
     MESSAGE_FIELD_NUMBER: builtins.int
     ERROR_FIELD_NUMBER: builtins.int
     MODEL_ID_FIELD_NUMBER: builtins.int
+    EXPORT_ID_FIELD_NUMBER: builtins.int
     from_state: luthier.v1.job_pb2.JobState.ValueType
     """The state before; unspecified in a job's first event."""
     state: luthier.v1.job_pb2.JobState.ValueType
@@ -251,6 +271,8 @@ class StateChanged(google.protobuf.message.Message):
     """The same for people."""
     model_id: builtins.str
     """Set with SUCCEEDED: the model that came out."""
+    export_id: builtins.str
+    """Set with SUCCEEDED of an export job: the export that came out."""
     @property
     def error(self) -> luthier.v1.job_pb2.JobError:
         """Set with FAILED."""
@@ -264,9 +286,10 @@ class StateChanged(google.protobuf.message.Message):
         message: builtins.str = ...,
         error: luthier.v1.job_pb2.JobError | None = ...,
         model_id: builtins.str = ...,
+        export_id: builtins.str = ...,
     ) -> None: ...
     def HasField(self, field_name: typing.Literal["error", b"error"]) -> builtins.bool: ...
-    def ClearField(self, field_name: typing.Literal["error", b"error", "from_state", b"from_state", "message", b"message", "model_id", b"model_id", "reason", b"reason", "state", b"state"]) -> None: ...
+    def ClearField(self, field_name: typing.Literal["error", b"error", "export_id", b"export_id", "from_state", b"from_state", "message", b"message", "model_id", b"model_id", "reason", b"reason", "state", b"state"]) -> None: ...
 
 Global___StateChanged: typing_extensions.TypeAlias = StateChanged
 
@@ -433,6 +456,27 @@ class LearningRateFound(google.protobuf.message.Message):
     def ClearField(self, field_name: typing.Literal["learning_rate", b"learning_rate", "losses", b"losses", "rates", b"rates", "rule", b"rule"]) -> None: ...
 
 Global___LearningRateFound: typing_extensions.TypeAlias = LearningRateFound
+
+@typing.final
+class ExportProven(google.protobuf.message.Message):
+    """An export was compared with the tuned model. A proof that does not pass fails the job."""
+
+    DESCRIPTOR: google.protobuf.descriptor.Descriptor
+
+    PROOF_FIELD_NUMBER: builtins.int
+    @property
+    def proof(self) -> luthier.v1.export_proof_pb2.ExportProof:
+        """The proof."""
+
+    def __init__(
+        self,
+        *,
+        proof: luthier.v1.export_proof_pb2.ExportProof | None = ...,
+    ) -> None: ...
+    def HasField(self, field_name: typing.Literal["proof", b"proof"]) -> builtins.bool: ...
+    def ClearField(self, field_name: typing.Literal["proof", b"proof"]) -> None: ...
+
+Global___ExportProven: typing_extensions.TypeAlias = ExportProven
 
 @typing.final
 class PhaseProgressed(google.protobuf.message.Message):

@@ -10,6 +10,7 @@ import google.protobuf.internal.containers
 import google.protobuf.internal.enum_type_wrapper
 import google.protobuf.message
 import google.protobuf.timestamp_pb2
+import luthier.v1.export_task_pb2
 import luthier.v1.tokenization_pb2
 import sys
 import typing
@@ -285,6 +286,7 @@ class Job(google.protobuf.message.Message):
     LAST_SEQUENCE_FIELD_NUMBER: builtins.int
     HISTORY_ID_FIELD_NUMBER: builtins.int
     MODEL_ID_FIELD_NUMBER: builtins.int
+    EXPORT_ID_FIELD_NUMBER: builtins.int
     CREATE_TIME_FIELD_NUMBER: builtins.int
     START_TIME_FIELD_NUMBER: builtins.int
     END_TIME_FIELD_NUMBER: builtins.int
@@ -302,6 +304,8 @@ class Job(google.protobuf.message.Message):
     """The incarnation of the store that the sequences belong to."""
     model_id: builtins.str
     """The model that came out; set in SUCCEEDED."""
+    export_id: builtins.str
+    """The export that came out; set in SUCCEEDED of an export job."""
     queue_position: builtins.int
     """Place in the queue, from 1; 0 when the job does not wait."""
     @property
@@ -349,6 +353,7 @@ class Job(google.protobuf.message.Message):
         last_sequence: builtins.int = ...,
         history_id: builtins.str = ...,
         model_id: builtins.str = ...,
+        export_id: builtins.str = ...,
         create_time: google.protobuf.timestamp_pb2.Timestamp | None = ...,
         start_time: google.protobuf.timestamp_pb2.Timestamp | None = ...,
         end_time: google.protobuf.timestamp_pb2.Timestamp | None = ...,
@@ -356,7 +361,7 @@ class Job(google.protobuf.message.Message):
         retry_time: google.protobuf.timestamp_pb2.Timestamp | None = ...,
     ) -> None: ...
     def HasField(self, field_name: typing.Literal["create_time", b"create_time", "end_time", b"end_time", "error", b"error", "progress", b"progress", "resolved_spec", b"resolved_spec", "retry_time", b"retry_time", "spec", b"spec", "start_time", b"start_time"]) -> builtins.bool: ...
-    def ClearField(self, field_name: typing.Literal["attempt", b"attempt", "create_time", b"create_time", "end_time", b"end_time", "error", b"error", "history_id", b"history_id", "id", b"id", "last_sequence", b"last_sequence", "model_id", b"model_id", "progress", b"progress", "queue_position", b"queue_position", "resolved_spec", b"resolved_spec", "retry_time", b"retry_time", "spec", b"spec", "start_time", b"start_time", "state", b"state"]) -> None: ...
+    def ClearField(self, field_name: typing.Literal["attempt", b"attempt", "create_time", b"create_time", "end_time", b"end_time", "error", b"error", "export_id", b"export_id", "history_id", b"history_id", "id", b"id", "last_sequence", b"last_sequence", "model_id", b"model_id", "progress", b"progress", "queue_position", b"queue_position", "resolved_spec", b"resolved_spec", "retry_time", b"retry_time", "spec", b"spec", "start_time", b"start_time", "state", b"state"]) -> None: ...
 
 Global___Job: typing_extensions.TypeAlias = Job
 
@@ -470,6 +475,7 @@ class JobSpec(google.protobuf.message.Message):
     RESOURCES_FIELD_NUMBER: builtins.int
     MAX_RETRIES_FIELD_NUMBER: builtins.int
     FINE_TUNE_FIELD_NUMBER: builtins.int
+    EXPORT_FIELD_NUMBER: builtins.int
     display_name: builtins.str
     """A name for people; need not be unique. At most 120 characters."""
     priority: builtins.int
@@ -488,6 +494,10 @@ class JobSpec(google.protobuf.message.Message):
     def fine_tune(self) -> Global___FineTuneTask:
         """Fine-tune a language model."""
 
+    @property
+    def export(self) -> luthier.v1.export_task_pb2.ExportTask:
+        """Write a tuned model in the form that others load. Created by Models.ExportModel; CreateJob refuses it."""
+
     def __init__(
         self,
         *,
@@ -497,15 +507,16 @@ class JobSpec(google.protobuf.message.Message):
         resources: Global___Resources | None = ...,
         max_retries: builtins.int | None = ...,
         fine_tune: Global___FineTuneTask | None = ...,
+        export: luthier.v1.export_task_pb2.ExportTask | None = ...,
     ) -> None: ...
-    def HasField(self, field_name: typing.Literal["_max_retries", b"_max_retries", "_priority", b"_priority", "fine_tune", b"fine_tune", "max_retries", b"max_retries", "priority", b"priority", "resources", b"resources", "task", b"task"]) -> builtins.bool: ...
-    def ClearField(self, field_name: typing.Literal["_max_retries", b"_max_retries", "_priority", b"_priority", "display_name", b"display_name", "fine_tune", b"fine_tune", "labels", b"labels", "max_retries", b"max_retries", "priority", b"priority", "resources", b"resources", "task", b"task"]) -> None: ...
+    def HasField(self, field_name: typing.Literal["_max_retries", b"_max_retries", "_priority", b"_priority", "export", b"export", "fine_tune", b"fine_tune", "max_retries", b"max_retries", "priority", b"priority", "resources", b"resources", "task", b"task"]) -> builtins.bool: ...
+    def ClearField(self, field_name: typing.Literal["_max_retries", b"_max_retries", "_priority", b"_priority", "display_name", b"display_name", "export", b"export", "fine_tune", b"fine_tune", "labels", b"labels", "max_retries", b"max_retries", "priority", b"priority", "resources", b"resources", "task", b"task"]) -> None: ...
     @typing.overload
     def WhichOneof(self, oneof_group: typing.Literal["_max_retries", b"_max_retries"]) -> typing.Literal["max_retries"] | None: ...
     @typing.overload
     def WhichOneof(self, oneof_group: typing.Literal["_priority", b"_priority"]) -> typing.Literal["priority"] | None: ...
     @typing.overload
-    def WhichOneof(self, oneof_group: typing.Literal["task", b"task"]) -> typing.Literal["fine_tune"] | None: ...
+    def WhichOneof(self, oneof_group: typing.Literal["task", b"task"]) -> typing.Literal["fine_tune", "export"] | None: ...
 
 Global___JobSpec: typing_extensions.TypeAlias = JobSpec
 
@@ -548,6 +559,7 @@ class FineTuneTask(google.protobuf.message.Message):
     SUFFIX_FIELD_NUMBER: builtins.int
     RESUME_FROM_FIELD_NUMBER: builtins.int
     TOKENIZATION_FIELD_NUMBER: builtins.int
+    MODEL_NAME_FIELD_NUMBER: builtins.int
     base_model: builtins.str
     """A hub id (`Qwen/Qwen2.5-0.5B`), a directory under a root that the operator allows, `builtin/tiny`, a directory
     with a PEFT adapter (continued training), or the id of a model that Luthier made (continued training).
@@ -568,6 +580,8 @@ class FineTuneTask(google.protobuf.message.Message):
     """A checkpoint of another job, `job_...:step-200`, to go on from as if that job had not ended: with its optimizer,
     schedule and data position. Base model, datasets and adaptation must be that job's.
     """
+    model_name: builtins.str
+    """The model that comes out becomes the next version of this name. Default: it gets none."""
     @property
     def sft(self) -> Global___Sft:
         """Supervised fine-tuning: cross-entropy of the assistant's tokens."""
@@ -614,9 +628,10 @@ class FineTuneTask(google.protobuf.message.Message):
         suffix: builtins.str = ...,
         resume_from: builtins.str = ...,
         tokenization: luthier.v1.tokenization_pb2.Tokenization | None = ...,
+        model_name: builtins.str = ...,
     ) -> None: ...
     def HasField(self, field_name: typing.Literal["_validation_fraction", b"_validation_fraction", "adaptation", b"adaptation", "checkpoints", b"checkpoints", "evaluation", b"evaluation", "full", b"full", "hyperparameters", b"hyperparameters", "lora", b"lora", "objective", b"objective", "sft", b"sft", "tokenization", b"tokenization", "validation_fraction", b"validation_fraction"]) -> builtins.bool: ...
-    def ClearField(self, field_name: typing.Literal["_validation_fraction", b"_validation_fraction", "adaptation", b"adaptation", "base_model", b"base_model", "base_model_revision", b"base_model_revision", "checkpoints", b"checkpoints", "evaluation", b"evaluation", "full", b"full", "hub_token_secret", b"hub_token_secret", "hyperparameters", b"hyperparameters", "lora", b"lora", "objective", b"objective", "resume_from", b"resume_from", "sft", b"sft", "suffix", b"suffix", "tokenization", b"tokenization", "training_dataset", b"training_dataset", "validation_dataset", b"validation_dataset", "validation_fraction", b"validation_fraction"]) -> None: ...
+    def ClearField(self, field_name: typing.Literal["_validation_fraction", b"_validation_fraction", "adaptation", b"adaptation", "base_model", b"base_model", "base_model_revision", b"base_model_revision", "checkpoints", b"checkpoints", "evaluation", b"evaluation", "full", b"full", "hub_token_secret", b"hub_token_secret", "hyperparameters", b"hyperparameters", "lora", b"lora", "model_name", b"model_name", "objective", b"objective", "resume_from", b"resume_from", "sft", b"sft", "suffix", b"suffix", "tokenization", b"tokenization", "training_dataset", b"training_dataset", "validation_dataset", b"validation_dataset", "validation_fraction", b"validation_fraction"]) -> None: ...
     @typing.overload
     def WhichOneof(self, oneof_group: typing.Literal["_validation_fraction", b"_validation_fraction"]) -> typing.Literal["validation_fraction"] | None: ...
     @typing.overload

@@ -23,9 +23,10 @@ _sym_db = _symbol_database.Default()
 
 
 from google.protobuf import timestamp_pb2 as google_dot_protobuf_dot_timestamp__pb2
+from luthier.v1 import job_pb2 as luthier_dot_v1_dot_job__pb2
 
 
-DESCRIPTOR = _descriptor_pool.Default().AddSerializedFile(b'\n\x16luthier/v1/model.proto\x12\nluthier.v1\x1a\x1fgoogle/protobuf/timestamp.proto\"\xc1\x03\n\x05Model\x12\x0e\n\x02id\x18\x01 \x01(\tR\x02id\x12\x12\n\x04name\x18\x02 \x01(\tR\x04name\x12\x15\n\x06job_id\x18\x03 \x01(\tR\x05jobId\x12\x1d\n\nbase_model\x18\x04 \x01(\tR\tbaseModel\x12\x1e\n\nadaptation\x18\x05 \x01(\tR\nadaptation\x12\x12\n\x04step\x18\x06 \x01(\x03R\x04step\x12\x1d\n\nsize_bytes\x18\x07 \x01(\x03R\tsizeBytes\x12\x38\n\x07metrics\x18\x08 \x03(\x0b\x32\x1e.luthier.v1.Model.MetricsEntryR\x07metrics\x12;\n\x0b\x63reate_time\x18\t \x01(\x0b\x32\x1a.google.protobuf.TimestampR\ncreateTime\x12)\n\x10training_dataset\x18\n \x01(\tR\x0ftrainingDataset\x12-\n\x12validation_dataset\x18\x0b \x01(\tR\x11validationDataset\x1a:\n\x0cMetricsEntry\x12\x10\n\x03key\x18\x01 \x01(\tR\x03key\x12\x14\n\x05value\x18\x02 \x01(\x01R\x05value:\x02\x38\x01\"V\n\tModelFile\x12\x12\n\x04path\x18\x01 \x01(\tR\x04path\x12\x1d\n\nsize_bytes\x18\x02 \x01(\x03R\tsizeBytes\x12\x16\n\x06sha256\x18\x03 \x01(\tR\x06sha256b\x06proto3')
+DESCRIPTOR = _descriptor_pool.Default().AddSerializedFile(b'\n\x16luthier/v1/model.proto\x12\nluthier.v1\x1a\x1fgoogle/protobuf/timestamp.proto\x1a\x14luthier/v1/job.proto\"\x96\x07\n\x05Model\x12\x0e\n\x02id\x18\x01 \x01(\tR\x02id\x12\x12\n\x04name\x18\x02 \x01(\tR\x04name\x12\x15\n\x06job_id\x18\x03 \x01(\tR\x05jobId\x12\x1d\n\nbase_model\x18\x04 \x01(\tR\tbaseModel\x12\x1e\n\nadaptation\x18\x05 \x01(\tR\nadaptation\x12\x12\n\x04step\x18\x06 \x01(\x03R\x04step\x12\x1d\n\nsize_bytes\x18\x07 \x01(\x03R\tsizeBytes\x12\x38\n\x07metrics\x18\x08 \x03(\x0b\x32\x1e.luthier.v1.Model.MetricsEntryR\x07metrics\x12;\n\x0b\x63reate_time\x18\t \x01(\x0b\x32\x1a.google.protobuf.TimestampR\ncreateTime\x12)\n\x10training_dataset\x18\n \x01(\tR\x0ftrainingDataset\x12-\n\x12validation_dataset\x18\x0b \x01(\tR\x11validationDataset\x12.\n\x13\x62\x61se_model_revision\x18\x0c \x01(\tR\x11\x62\x61seModelRevision\x12!\n\x0c\x62\x61se_licence\x18\r \x01(\tR\x0b\x62\x61seLicence\x12!\n\x0cparent_model\x18\x0e \x01(\tR\x0bparentModel\x12\x1e\n\ncheckpoint\x18\x0f \x01(\tR\ncheckpoint\x12/\n\x04tags\x18\x10 \x03(\x0b\x32\x1b.luthier.v1.Model.TagsEntryR\x04tags\x12 \n\x0b\x64\x65scription\x18\x11 \x01(\tR\x0b\x64\x65scription\x12\x34\n\x08versions\x18\x12 \x03(\x0b\x32\x18.luthier.v1.ModelVersionR\x08versions\x12\x18\n\x07\x61liases\x18\x13 \x03(\tR\x07\x61liases\x12\'\n\x04spec\x18\x14 \x01(\x0b\x32\x13.luthier.v1.JobSpecR\x04spec\x12\x38\n\rresolved_spec\x18\x15 \x01(\x0b\x32\x13.luthier.v1.JobSpecR\x0cresolvedSpec\x1a:\n\x0cMetricsEntry\x12\x10\n\x03key\x18\x01 \x01(\tR\x03key\x12\x14\n\x05value\x18\x02 \x01(\x01R\x05value:\x02\x38\x01\x1a\x37\n\tTagsEntry\x12\x10\n\x03key\x18\x01 \x01(\tR\x03key\x12\x14\n\x05value\x18\x02 \x01(\tR\x05value:\x02\x38\x01\"\x94\x01\n\x0cModelVersion\x12\x12\n\x04name\x18\x01 \x01(\tR\x04name\x12\x18\n\x07version\x18\x02 \x01(\x05R\x07version\x12\x19\n\x08model_id\x18\x03 \x01(\tR\x07modelId\x12;\n\x0b\x63reate_time\x18\x04 \x01(\x0b\x32\x1a.google.protobuf.TimestampR\ncreateTime\"q\n\tAliasMove\x12\x18\n\x07version\x18\x01 \x01(\x05R\x07version\x12.\n\x04time\x18\x02 \x01(\x0b\x32\x1a.google.protobuf.TimestampR\x04time\x12\x1a\n\x08rollback\x18\x03 \x01(\x08R\x08rollback\"\x9c\x01\n\nModelAlias\x12\x12\n\x04name\x18\x01 \x01(\tR\x04name\x12\x14\n\x05\x61lias\x18\x02 \x01(\tR\x05\x61lias\x12\x18\n\x07version\x18\x03 \x01(\x05R\x07version\x12\x19\n\x08model_id\x18\x04 \x01(\tR\x07modelId\x12/\n\x07history\x18\x05 \x03(\x0b\x32\x15.luthier.v1.AliasMoveR\x07history\"\x87\x01\n\tModelName\x12\x12\n\x04name\x18\x01 \x01(\tR\x04name\x12\x34\n\x08versions\x18\x02 \x03(\x0b\x32\x18.luthier.v1.ModelVersionR\x08versions\x12\x30\n\x07\x61liases\x18\x03 \x03(\x0b\x32\x16.luthier.v1.ModelAliasR\x07\x61liases\"\x92\x01\n\x0bLineageNode\x12\x0e\n\x02id\x18\x01 \x01(\tR\x02id\x12+\n\x04kind\x18\x02 \x01(\x0e\x32\x17.luthier.v1.LineageKindR\x04kind\x12\x12\n\x04name\x18\x03 \x01(\tR\x04name\x12\x18\n\x07licence\x18\x04 \x01(\tR\x07licence\x12\x18\n\x07\x64\x65leted\x18\x05 \x01(\x08R\x07\x64\x65leted\"W\n\x0bLineageEdge\x12\x17\n\x07\x66rom_id\x18\x01 \x01(\tR\x06\x66romId\x12\x13\n\x05to_id\x18\x02 \x01(\tR\x04toId\x12\x1a\n\x08relation\x18\x03 \x01(\tR\x08relation\"V\n\tModelFile\x12\x12\n\x04path\x18\x01 \x01(\tR\x04path\x12\x1d\n\nsize_bytes\x18\x02 \x01(\x03R\tsizeBytes\x12\x16\n\x06sha256\x18\x03 \x01(\tR\x06sha256*\xc6\x01\n\x0bLineageKind\x12\x1c\n\x18LINEAGE_KIND_UNSPECIFIED\x10\x00\x12\x1b\n\x17LINEAGE_KIND_BASE_MODEL\x10\x01\x12\x18\n\x14LINEAGE_KIND_DATASET\x10\x02\x12\x14\n\x10LINEAGE_KIND_JOB\x10\x03\x12\x16\n\x12LINEAGE_KIND_MODEL\x10\x04\x12\x17\n\x13LINEAGE_KIND_EXPORT\x10\x05\x12\x1b\n\x17LINEAGE_KIND_CHECKPOINT\x10\x06\x62\x06proto3')
 
 _globals = globals()
 _builder.BuildMessageAndEnumDescriptors(DESCRIPTOR, _globals)
@@ -34,10 +35,28 @@ if not _descriptor._USE_C_DESCRIPTORS:
   DESCRIPTOR._loaded_options = None
   _globals['_MODEL_METRICSENTRY']._loaded_options = None
   _globals['_MODEL_METRICSENTRY']._serialized_options = b'8\001'
-  _globals['_MODEL']._serialized_start=72
-  _globals['_MODEL']._serialized_end=521
-  _globals['_MODEL_METRICSENTRY']._serialized_start=463
-  _globals['_MODEL_METRICSENTRY']._serialized_end=521
-  _globals['_MODELFILE']._serialized_start=523
-  _globals['_MODELFILE']._serialized_end=609
+  _globals['_MODEL_TAGSENTRY']._loaded_options = None
+  _globals['_MODEL_TAGSENTRY']._serialized_options = b'8\001'
+  _globals['_LINEAGEKIND']._serialized_start=1904
+  _globals['_LINEAGEKIND']._serialized_end=2102
+  _globals['_MODEL']._serialized_start=94
+  _globals['_MODEL']._serialized_end=1012
+  _globals['_MODEL_METRICSENTRY']._serialized_start=897
+  _globals['_MODEL_METRICSENTRY']._serialized_end=955
+  _globals['_MODEL_TAGSENTRY']._serialized_start=957
+  _globals['_MODEL_TAGSENTRY']._serialized_end=1012
+  _globals['_MODELVERSION']._serialized_start=1015
+  _globals['_MODELVERSION']._serialized_end=1163
+  _globals['_ALIASMOVE']._serialized_start=1165
+  _globals['_ALIASMOVE']._serialized_end=1278
+  _globals['_MODELALIAS']._serialized_start=1281
+  _globals['_MODELALIAS']._serialized_end=1437
+  _globals['_MODELNAME']._serialized_start=1440
+  _globals['_MODELNAME']._serialized_end=1575
+  _globals['_LINEAGENODE']._serialized_start=1578
+  _globals['_LINEAGENODE']._serialized_end=1724
+  _globals['_LINEAGEEDGE']._serialized_start=1726
+  _globals['_LINEAGEEDGE']._serialized_end=1813
+  _globals['_MODELFILE']._serialized_start=1815
+  _globals['_MODELFILE']._serialized_end=1901
 # @@protoc_insertion_point(module_scope)

@@ -7,8 +7,10 @@ import builtins
 import collections.abc
 import google.protobuf.descriptor
 import google.protobuf.internal.containers
+import google.protobuf.internal.enum_type_wrapper
 import google.protobuf.message
 import google.protobuf.timestamp_pb2
+import luthier.v1.job_pb2
 import sys
 import typing
 
@@ -18,6 +20,46 @@ else:
     import typing_extensions
 
 DESCRIPTOR: google.protobuf.descriptor.FileDescriptor
+
+class _LineageKind:
+    ValueType = typing.NewType("ValueType", builtins.int)
+    V: typing_extensions.TypeAlias = ValueType
+
+class _LineageKindEnumTypeWrapper(google.protobuf.internal.enum_type_wrapper._EnumTypeWrapper[_LineageKind.ValueType], builtins.type):
+    DESCRIPTOR: google.protobuf.descriptor.EnumDescriptor
+    LINEAGE_KIND_UNSPECIFIED: _LineageKind.ValueType  # 0
+    """Never sent."""
+    LINEAGE_KIND_BASE_MODEL: _LineageKind.ValueType  # 1
+    """A base model that Luthier did not make."""
+    LINEAGE_KIND_DATASET: _LineageKind.ValueType  # 2
+    """A dataset version."""
+    LINEAGE_KIND_JOB: _LineageKind.ValueType  # 3
+    """A job."""
+    LINEAGE_KIND_MODEL: _LineageKind.ValueType  # 4
+    """A model."""
+    LINEAGE_KIND_EXPORT: _LineageKind.ValueType  # 5
+    """An export."""
+    LINEAGE_KIND_CHECKPOINT: _LineageKind.ValueType  # 6
+    """A checkpoint."""
+
+class LineageKind(_LineageKind, metaclass=_LineageKindEnumTypeWrapper):
+    """What a piece of lineage is."""
+
+LINEAGE_KIND_UNSPECIFIED: LineageKind.ValueType  # 0
+"""Never sent."""
+LINEAGE_KIND_BASE_MODEL: LineageKind.ValueType  # 1
+"""A base model that Luthier did not make."""
+LINEAGE_KIND_DATASET: LineageKind.ValueType  # 2
+"""A dataset version."""
+LINEAGE_KIND_JOB: LineageKind.ValueType  # 3
+"""A job."""
+LINEAGE_KIND_MODEL: LineageKind.ValueType  # 4
+"""A model."""
+LINEAGE_KIND_EXPORT: LineageKind.ValueType  # 5
+"""An export."""
+LINEAGE_KIND_CHECKPOINT: LineageKind.ValueType  # 6
+"""A checkpoint."""
+Global___LineageKind: typing_extensions.TypeAlias = LineageKind
 
 @typing.final
 class Model(google.protobuf.message.Message):
@@ -41,6 +83,22 @@ class Model(google.protobuf.message.Message):
         ) -> None: ...
         def ClearField(self, field_name: typing.Literal["key", b"key", "value", b"value"]) -> None: ...
 
+    @typing.final
+    class TagsEntry(google.protobuf.message.Message):
+        DESCRIPTOR: google.protobuf.descriptor.Descriptor
+
+        KEY_FIELD_NUMBER: builtins.int
+        VALUE_FIELD_NUMBER: builtins.int
+        key: builtins.str
+        value: builtins.str
+        def __init__(
+            self,
+            *,
+            key: builtins.str = ...,
+            value: builtins.str = ...,
+        ) -> None: ...
+        def ClearField(self, field_name: typing.Literal["key", b"key", "value", b"value"]) -> None: ...
+
     ID_FIELD_NUMBER: builtins.int
     NAME_FIELD_NUMBER: builtins.int
     JOB_ID_FIELD_NUMBER: builtins.int
@@ -52,6 +110,16 @@ class Model(google.protobuf.message.Message):
     CREATE_TIME_FIELD_NUMBER: builtins.int
     TRAINING_DATASET_FIELD_NUMBER: builtins.int
     VALIDATION_DATASET_FIELD_NUMBER: builtins.int
+    BASE_MODEL_REVISION_FIELD_NUMBER: builtins.int
+    BASE_LICENCE_FIELD_NUMBER: builtins.int
+    PARENT_MODEL_FIELD_NUMBER: builtins.int
+    CHECKPOINT_FIELD_NUMBER: builtins.int
+    TAGS_FIELD_NUMBER: builtins.int
+    DESCRIPTION_FIELD_NUMBER: builtins.int
+    VERSIONS_FIELD_NUMBER: builtins.int
+    ALIASES_FIELD_NUMBER: builtins.int
+    SPEC_FIELD_NUMBER: builtins.int
+    RESOLVED_SPEC_FIELD_NUMBER: builtins.int
     id: builtins.str
     """`model_` and a ULID."""
     name: builtins.str
@@ -70,6 +138,16 @@ class Model(google.protobuf.message.Message):
     """`ds_...` it was trained on; empty for models of older servers."""
     validation_dataset: builtins.str
     """`ds_...` it was evaluated on; empty for none."""
+    base_model_revision: builtins.str
+    """The revision of the base, where it came from a hub; empty when unknown."""
+    base_licence: builtins.str
+    """The licence of the base, as its own files tell; empty when they do not."""
+    parent_model: builtins.str
+    """The model that it goes on from, `model_...`; empty for none."""
+    checkpoint: builtins.str
+    """The checkpoint that it was registered from, `job_...:step-200`; empty for the model that a job ended with."""
+    description: builtins.str
+    """What it is for, in a person's words."""
     @property
     def metrics(self) -> google.protobuf.internal.containers.ScalarMap[builtins.str, builtins.float]:
         """Final numbers by name: `train_loss`, `eval_loss`, ..."""
@@ -77,6 +155,26 @@ class Model(google.protobuf.message.Message):
     @property
     def create_time(self) -> google.protobuf.timestamp_pb2.Timestamp:
         """When the job succeeded."""
+
+    @property
+    def tags(self) -> google.protobuf.internal.containers.ScalarMap[builtins.str, builtins.str]:
+        """Free tags."""
+
+    @property
+    def versions(self) -> google.protobuf.internal.containers.RepeatedCompositeFieldContainer[Global___ModelVersion]:
+        """The names it is a version of."""
+
+    @property
+    def aliases(self) -> google.protobuf.internal.containers.RepeatedScalarFieldContainer[builtins.str]:
+        """The aliases that point to it, `support-bot@production`."""
+
+    @property
+    def spec(self) -> luthier.v1.job_pb2.JobSpec:
+        """What its job was asked for; unset in lists and for models of older servers."""
+
+    @property
+    def resolved_spec(self) -> luthier.v1.job_pb2.JobSpec:
+        """The same with every default; unset in lists and for models of older servers."""
 
     def __init__(
         self,
@@ -92,11 +190,209 @@ class Model(google.protobuf.message.Message):
         create_time: google.protobuf.timestamp_pb2.Timestamp | None = ...,
         training_dataset: builtins.str = ...,
         validation_dataset: builtins.str = ...,
+        base_model_revision: builtins.str = ...,
+        base_licence: builtins.str = ...,
+        parent_model: builtins.str = ...,
+        checkpoint: builtins.str = ...,
+        tags: collections.abc.Mapping[builtins.str, builtins.str] | None = ...,
+        description: builtins.str = ...,
+        versions: collections.abc.Iterable[Global___ModelVersion] | None = ...,
+        aliases: collections.abc.Iterable[builtins.str] | None = ...,
+        spec: luthier.v1.job_pb2.JobSpec | None = ...,
+        resolved_spec: luthier.v1.job_pb2.JobSpec | None = ...,
     ) -> None: ...
-    def HasField(self, field_name: typing.Literal["create_time", b"create_time"]) -> builtins.bool: ...
-    def ClearField(self, field_name: typing.Literal["adaptation", b"adaptation", "base_model", b"base_model", "create_time", b"create_time", "id", b"id", "job_id", b"job_id", "metrics", b"metrics", "name", b"name", "size_bytes", b"size_bytes", "step", b"step", "training_dataset", b"training_dataset", "validation_dataset", b"validation_dataset"]) -> None: ...
+    def HasField(self, field_name: typing.Literal["create_time", b"create_time", "resolved_spec", b"resolved_spec", "spec", b"spec"]) -> builtins.bool: ...
+    def ClearField(self, field_name: typing.Literal["adaptation", b"adaptation", "aliases", b"aliases", "base_licence", b"base_licence", "base_model", b"base_model", "base_model_revision", b"base_model_revision", "checkpoint", b"checkpoint", "create_time", b"create_time", "description", b"description", "id", b"id", "job_id", b"job_id", "metrics", b"metrics", "name", b"name", "parent_model", b"parent_model", "resolved_spec", b"resolved_spec", "size_bytes", b"size_bytes", "spec", b"spec", "step", b"step", "tags", b"tags", "training_dataset", b"training_dataset", "validation_dataset", b"validation_dataset", "versions", b"versions"]) -> None: ...
 
 Global___Model: typing_extensions.TypeAlias = Model
+
+@typing.final
+class ModelVersion(google.protobuf.message.Message):
+    """A model as a version of a name."""
+
+    DESCRIPTOR: google.protobuf.descriptor.Descriptor
+
+    NAME_FIELD_NUMBER: builtins.int
+    VERSION_FIELD_NUMBER: builtins.int
+    MODEL_ID_FIELD_NUMBER: builtins.int
+    CREATE_TIME_FIELD_NUMBER: builtins.int
+    name: builtins.str
+    """The name."""
+    version: builtins.int
+    """From 1, never given twice."""
+    model_id: builtins.str
+    """The model."""
+    @property
+    def create_time(self) -> google.protobuf.timestamp_pb2.Timestamp:
+        """When it was registered."""
+
+    def __init__(
+        self,
+        *,
+        name: builtins.str = ...,
+        version: builtins.int = ...,
+        model_id: builtins.str = ...,
+        create_time: google.protobuf.timestamp_pb2.Timestamp | None = ...,
+    ) -> None: ...
+    def HasField(self, field_name: typing.Literal["create_time", b"create_time"]) -> builtins.bool: ...
+    def ClearField(self, field_name: typing.Literal["create_time", b"create_time", "model_id", b"model_id", "name", b"name", "version", b"version"]) -> None: ...
+
+Global___ModelVersion: typing_extensions.TypeAlias = ModelVersion
+
+@typing.final
+class AliasMove(google.protobuf.message.Message):
+    """One place that an alias pointed to."""
+
+    DESCRIPTOR: google.protobuf.descriptor.Descriptor
+
+    VERSION_FIELD_NUMBER: builtins.int
+    TIME_FIELD_NUMBER: builtins.int
+    ROLLBACK_FIELD_NUMBER: builtins.int
+    version: builtins.int
+    """The version."""
+    rollback: builtins.bool
+    """Whether a rollback did it."""
+    @property
+    def time(self) -> google.protobuf.timestamp_pb2.Timestamp:
+        """When it was pointed there."""
+
+    def __init__(
+        self,
+        *,
+        version: builtins.int = ...,
+        time: google.protobuf.timestamp_pb2.Timestamp | None = ...,
+        rollback: builtins.bool = ...,
+    ) -> None: ...
+    def HasField(self, field_name: typing.Literal["time", b"time"]) -> builtins.bool: ...
+    def ClearField(self, field_name: typing.Literal["rollback", b"rollback", "time", b"time", "version", b"version"]) -> None: ...
+
+Global___AliasMove: typing_extensions.TypeAlias = AliasMove
+
+@typing.final
+class ModelAlias(google.protobuf.message.Message):
+    """A name for whichever version is meant for something: `production`."""
+
+    DESCRIPTOR: google.protobuf.descriptor.Descriptor
+
+    NAME_FIELD_NUMBER: builtins.int
+    ALIAS_FIELD_NUMBER: builtins.int
+    VERSION_FIELD_NUMBER: builtins.int
+    MODEL_ID_FIELD_NUMBER: builtins.int
+    HISTORY_FIELD_NUMBER: builtins.int
+    name: builtins.str
+    """The model name it belongs to."""
+    alias: builtins.str
+    """The alias."""
+    version: builtins.int
+    """The version it points to."""
+    model_id: builtins.str
+    """The model of that version."""
+    @property
+    def history(self) -> google.protobuf.internal.containers.RepeatedCompositeFieldContainer[Global___AliasMove]:
+        """Where it pointed, newest first, the present place included; at most 50."""
+
+    def __init__(
+        self,
+        *,
+        name: builtins.str = ...,
+        alias: builtins.str = ...,
+        version: builtins.int = ...,
+        model_id: builtins.str = ...,
+        history: collections.abc.Iterable[Global___AliasMove] | None = ...,
+    ) -> None: ...
+    def ClearField(self, field_name: typing.Literal["alias", b"alias", "history", b"history", "model_id", b"model_id", "name", b"name", "version", b"version"]) -> None: ...
+
+Global___ModelAlias: typing_extensions.TypeAlias = ModelAlias
+
+@typing.final
+class ModelName(google.protobuf.message.Message):
+    """A name with its versions and aliases."""
+
+    DESCRIPTOR: google.protobuf.descriptor.Descriptor
+
+    NAME_FIELD_NUMBER: builtins.int
+    VERSIONS_FIELD_NUMBER: builtins.int
+    ALIASES_FIELD_NUMBER: builtins.int
+    name: builtins.str
+    """The name."""
+    @property
+    def versions(self) -> google.protobuf.internal.containers.RepeatedCompositeFieldContainer[Global___ModelVersion]:
+        """Newest first."""
+
+    @property
+    def aliases(self) -> google.protobuf.internal.containers.RepeatedCompositeFieldContainer[Global___ModelAlias]:
+        """By alias."""
+
+    def __init__(
+        self,
+        *,
+        name: builtins.str = ...,
+        versions: collections.abc.Iterable[Global___ModelVersion] | None = ...,
+        aliases: collections.abc.Iterable[Global___ModelAlias] | None = ...,
+    ) -> None: ...
+    def ClearField(self, field_name: typing.Literal["aliases", b"aliases", "name", b"name", "versions", b"versions"]) -> None: ...
+
+Global___ModelName: typing_extensions.TypeAlias = ModelName
+
+@typing.final
+class LineageNode(google.protobuf.message.Message):
+    """A piece of lineage."""
+
+    DESCRIPTOR: google.protobuf.descriptor.Descriptor
+
+    ID_FIELD_NUMBER: builtins.int
+    KIND_FIELD_NUMBER: builtins.int
+    NAME_FIELD_NUMBER: builtins.int
+    LICENCE_FIELD_NUMBER: builtins.int
+    DELETED_FIELD_NUMBER: builtins.int
+    id: builtins.str
+    """Its id; of a base model its name."""
+    kind: Global___LineageKind.ValueType
+    """What it is."""
+    name: builtins.str
+    """For people: a dataset's `name@3`, a model's name."""
+    licence: builtins.str
+    """Of a base model; empty when unknown."""
+    deleted: builtins.bool
+    """Whether it is gone from the server."""
+    def __init__(
+        self,
+        *,
+        id: builtins.str = ...,
+        kind: Global___LineageKind.ValueType = ...,
+        name: builtins.str = ...,
+        licence: builtins.str = ...,
+        deleted: builtins.bool = ...,
+    ) -> None: ...
+    def ClearField(self, field_name: typing.Literal["deleted", b"deleted", "id", b"id", "kind", b"kind", "licence", b"licence", "name", b"name"]) -> None: ...
+
+Global___LineageNode: typing_extensions.TypeAlias = LineageNode
+
+@typing.final
+class LineageEdge(google.protobuf.message.Message):
+    """That one piece went into another."""
+
+    DESCRIPTOR: google.protobuf.descriptor.Descriptor
+
+    FROM_ID_FIELD_NUMBER: builtins.int
+    TO_ID_FIELD_NUMBER: builtins.int
+    RELATION_FIELD_NUMBER: builtins.int
+    from_id: builtins.str
+    """What went in."""
+    to_id: builtins.str
+    """What it went into."""
+    relation: builtins.str
+    """As what: `base`, `parent`, `training`, `validation`, `made`, `export`, `derived`."""
+    def __init__(
+        self,
+        *,
+        from_id: builtins.str = ...,
+        to_id: builtins.str = ...,
+        relation: builtins.str = ...,
+    ) -> None: ...
+    def ClearField(self, field_name: typing.Literal["from_id", b"from_id", "relation", b"relation", "to_id", b"to_id"]) -> None: ...
+
+Global___LineageEdge: typing_extensions.TypeAlias = LineageEdge
 
 @typing.final
 class ModelFile(google.protobuf.message.Message):

@@ -8,6 +8,9 @@ import collections.abc
 import google.protobuf.descriptor
 import google.protobuf.internal.containers
 import google.protobuf.message
+import luthier.v1.export_pb2
+import luthier.v1.export_task_pb2
+import luthier.v1.job_pb2
 import luthier.v1.model_pb2
 import sys
 import typing
@@ -64,23 +67,49 @@ class ListModelsRequest(google.protobuf.message.Message):
 
     DESCRIPTOR: google.protobuf.descriptor.Descriptor
 
+    @typing.final
+    class TagsEntry(google.protobuf.message.Message):
+        DESCRIPTOR: google.protobuf.descriptor.Descriptor
+
+        KEY_FIELD_NUMBER: builtins.int
+        VALUE_FIELD_NUMBER: builtins.int
+        key: builtins.str
+        value: builtins.str
+        def __init__(
+            self,
+            *,
+            key: builtins.str = ...,
+            value: builtins.str = ...,
+        ) -> None: ...
+        def ClearField(self, field_name: typing.Literal["key", b"key", "value", b"value"]) -> None: ...
+
     PAGE_SIZE_FIELD_NUMBER: builtins.int
     PAGE_TOKEN_FIELD_NUMBER: builtins.int
     ID_PREFIX_FIELD_NUMBER: builtins.int
+    NAME_FIELD_NUMBER: builtins.int
+    TAGS_FIELD_NUMBER: builtins.int
     page_size: builtins.int
     """Models a page; 0 means 50, more than 1000 means 1000."""
     page_token: builtins.str
     """next_page_token of the page before, with all other fields as they were."""
     id_prefix: builtins.str
     """Only models whose id starts with this."""
+    name: builtins.str
+    """Only versions of this name."""
+    @property
+    def tags(self) -> google.protobuf.internal.containers.ScalarMap[builtins.str, builtins.str]:
+        """Only models that have all of these tags."""
+
     def __init__(
         self,
         *,
         page_size: builtins.int = ...,
         page_token: builtins.str = ...,
         id_prefix: builtins.str = ...,
+        name: builtins.str = ...,
+        tags: collections.abc.Mapping[builtins.str, builtins.str] | None = ...,
     ) -> None: ...
-    def ClearField(self, field_name: typing.Literal["id_prefix", b"id_prefix", "page_size", b"page_size", "page_token", b"page_token"]) -> None: ...
+    def ClearField(self, field_name: typing.Literal["id_prefix", b"id_prefix", "name", b"name", "page_size", b"page_size", "page_token", b"page_token", "tags", b"tags"]) -> None: ...
 
 Global___ListModelsRequest: typing_extensions.TypeAlias = ListModelsRequest
 
@@ -115,14 +144,22 @@ class DownloadModelRequest(google.protobuf.message.Message):
     DESCRIPTOR: google.protobuf.descriptor.Descriptor
 
     MODEL_ID_FIELD_NUMBER: builtins.int
+    FROM_PATH_FIELD_NUMBER: builtins.int
+    FROM_OFFSET_FIELD_NUMBER: builtins.int
     model_id: builtins.str
-    """A model's id, or a checkpoint: `job_...:step-200`."""
+    """A model, a checkpoint `job_...:step-200`, or an export `export_...`."""
+    from_path: builtins.str
+    """Go on with this file of the manifest: files before it are not sent. Default: the first."""
+    from_offset: builtins.int
+    """Go on with this byte of that file."""
     def __init__(
         self,
         *,
         model_id: builtins.str = ...,
+        from_path: builtins.str = ...,
+        from_offset: builtins.int = ...,
     ) -> None: ...
-    def ClearField(self, field_name: typing.Literal["model_id", b"model_id"]) -> None: ...
+    def ClearField(self, field_name: typing.Literal["from_offset", b"from_offset", "from_path", b"from_path", "model_id", b"model_id"]) -> None: ...
 
 Global___DownloadModelRequest: typing_extensions.TypeAlias = DownloadModelRequest
 
@@ -199,3 +236,576 @@ class DownloadModelResponse(google.protobuf.message.Message):
     def WhichOneof(self, oneof_group: typing.Literal["part", b"part"]) -> typing.Literal["manifest", "chunk"] | None: ...
 
 Global___DownloadModelResponse: typing_extensions.TypeAlias = DownloadModelResponse
+
+@typing.final
+class UpdateModelRequest(google.protobuf.message.Message):
+    """Request of UpdateModel."""
+
+    DESCRIPTOR: google.protobuf.descriptor.Descriptor
+
+    @typing.final
+    class SetTagsEntry(google.protobuf.message.Message):
+        DESCRIPTOR: google.protobuf.descriptor.Descriptor
+
+        KEY_FIELD_NUMBER: builtins.int
+        VALUE_FIELD_NUMBER: builtins.int
+        key: builtins.str
+        value: builtins.str
+        def __init__(
+            self,
+            *,
+            key: builtins.str = ...,
+            value: builtins.str = ...,
+        ) -> None: ...
+        def ClearField(self, field_name: typing.Literal["key", b"key", "value", b"value"]) -> None: ...
+
+    MODEL_ID_FIELD_NUMBER: builtins.int
+    SET_TAGS_FIELD_NUMBER: builtins.int
+    REMOVE_TAGS_FIELD_NUMBER: builtins.int
+    DESCRIPTION_FIELD_NUMBER: builtins.int
+    model_id: builtins.str
+    """The model."""
+    description: builtins.str
+    """The new description; unset leaves it as it is."""
+    @property
+    def set_tags(self) -> google.protobuf.internal.containers.ScalarMap[builtins.str, builtins.str]:
+        """Tags to set; others stay as they are."""
+
+    @property
+    def remove_tags(self) -> google.protobuf.internal.containers.RepeatedScalarFieldContainer[builtins.str]:
+        """Tags to remove."""
+
+    def __init__(
+        self,
+        *,
+        model_id: builtins.str = ...,
+        set_tags: collections.abc.Mapping[builtins.str, builtins.str] | None = ...,
+        remove_tags: collections.abc.Iterable[builtins.str] | None = ...,
+        description: builtins.str | None = ...,
+    ) -> None: ...
+    def HasField(self, field_name: typing.Literal["_description", b"_description", "description", b"description"]) -> builtins.bool: ...
+    def ClearField(self, field_name: typing.Literal["_description", b"_description", "description", b"description", "model_id", b"model_id", "remove_tags", b"remove_tags", "set_tags", b"set_tags"]) -> None: ...
+    def WhichOneof(self, oneof_group: typing.Literal["_description", b"_description"]) -> typing.Literal["description"] | None: ...
+
+Global___UpdateModelRequest: typing_extensions.TypeAlias = UpdateModelRequest
+
+@typing.final
+class UpdateModelResponse(google.protobuf.message.Message):
+    """Response of UpdateModel."""
+
+    DESCRIPTOR: google.protobuf.descriptor.Descriptor
+
+    MODEL_FIELD_NUMBER: builtins.int
+    @property
+    def model(self) -> luthier.v1.model_pb2.Model:
+        """The model."""
+
+    def __init__(
+        self,
+        *,
+        model: luthier.v1.model_pb2.Model | None = ...,
+    ) -> None: ...
+    def HasField(self, field_name: typing.Literal["model", b"model"]) -> builtins.bool: ...
+    def ClearField(self, field_name: typing.Literal["model", b"model"]) -> None: ...
+
+Global___UpdateModelResponse: typing_extensions.TypeAlias = UpdateModelResponse
+
+@typing.final
+class DeleteModelRequest(google.protobuf.message.Message):
+    """Request of DeleteModel."""
+
+    DESCRIPTOR: google.protobuf.descriptor.Descriptor
+
+    MODEL_ID_FIELD_NUMBER: builtins.int
+    model_id: builtins.str
+    """The model's id: no name, so that no other version is meant."""
+    def __init__(
+        self,
+        *,
+        model_id: builtins.str = ...,
+    ) -> None: ...
+    def ClearField(self, field_name: typing.Literal["model_id", b"model_id"]) -> None: ...
+
+Global___DeleteModelRequest: typing_extensions.TypeAlias = DeleteModelRequest
+
+@typing.final
+class DeleteModelResponse(google.protobuf.message.Message):
+    """Response of DeleteModel."""
+
+    DESCRIPTOR: google.protobuf.descriptor.Descriptor
+
+    def __init__(
+        self,
+    ) -> None: ...
+
+Global___DeleteModelResponse: typing_extensions.TypeAlias = DeleteModelResponse
+
+@typing.final
+class RegisterModelRequest(google.protobuf.message.Message):
+    """Request of RegisterModel."""
+
+    DESCRIPTOR: google.protobuf.descriptor.Descriptor
+
+    MODEL_ID_FIELD_NUMBER: builtins.int
+    NAME_FIELD_NUMBER: builtins.int
+    model_id: builtins.str
+    """A model, or a checkpoint `job_...:step-200`."""
+    name: builtins.str
+    """The name: lower-case letters, digits, `.`, `_` and `-`."""
+    def __init__(
+        self,
+        *,
+        model_id: builtins.str = ...,
+        name: builtins.str = ...,
+    ) -> None: ...
+    def ClearField(self, field_name: typing.Literal["model_id", b"model_id", "name", b"name"]) -> None: ...
+
+Global___RegisterModelRequest: typing_extensions.TypeAlias = RegisterModelRequest
+
+@typing.final
+class RegisterModelResponse(google.protobuf.message.Message):
+    """Response of RegisterModel."""
+
+    DESCRIPTOR: google.protobuf.descriptor.Descriptor
+
+    VERSION_FIELD_NUMBER: builtins.int
+    @property
+    def version(self) -> luthier.v1.model_pb2.ModelVersion:
+        """The version; the one that the model is already, if it is one."""
+
+    def __init__(
+        self,
+        *,
+        version: luthier.v1.model_pb2.ModelVersion | None = ...,
+    ) -> None: ...
+    def HasField(self, field_name: typing.Literal["version", b"version"]) -> builtins.bool: ...
+    def ClearField(self, field_name: typing.Literal["version", b"version"]) -> None: ...
+
+Global___RegisterModelResponse: typing_extensions.TypeAlias = RegisterModelResponse
+
+@typing.final
+class ListModelNamesRequest(google.protobuf.message.Message):
+    """Request of ListModelNames."""
+
+    DESCRIPTOR: google.protobuf.descriptor.Descriptor
+
+    PAGE_SIZE_FIELD_NUMBER: builtins.int
+    PAGE_TOKEN_FIELD_NUMBER: builtins.int
+    PREFIX_FIELD_NUMBER: builtins.int
+    page_size: builtins.int
+    """Names a page; 0 means 50, more than 1000 means 1000."""
+    page_token: builtins.str
+    """next_page_token of the page before, with all other fields as they were."""
+    prefix: builtins.str
+    """Only names that start with this."""
+    def __init__(
+        self,
+        *,
+        page_size: builtins.int = ...,
+        page_token: builtins.str = ...,
+        prefix: builtins.str = ...,
+    ) -> None: ...
+    def ClearField(self, field_name: typing.Literal["page_size", b"page_size", "page_token", b"page_token", "prefix", b"prefix"]) -> None: ...
+
+Global___ListModelNamesRequest: typing_extensions.TypeAlias = ListModelNamesRequest
+
+@typing.final
+class ListModelNamesResponse(google.protobuf.message.Message):
+    """Response of ListModelNames."""
+
+    DESCRIPTOR: google.protobuf.descriptor.Descriptor
+
+    NAMES_FIELD_NUMBER: builtins.int
+    NEXT_PAGE_TOKEN_FIELD_NUMBER: builtins.int
+    next_page_token: builtins.str
+    """Where the next page starts; empty at the end, and only there."""
+    @property
+    def names(self) -> google.protobuf.internal.containers.RepeatedCompositeFieldContainer[luthier.v1.model_pb2.ModelName]:
+        """The page."""
+
+    def __init__(
+        self,
+        *,
+        names: collections.abc.Iterable[luthier.v1.model_pb2.ModelName] | None = ...,
+        next_page_token: builtins.str = ...,
+    ) -> None: ...
+    def ClearField(self, field_name: typing.Literal["names", b"names", "next_page_token", b"next_page_token"]) -> None: ...
+
+Global___ListModelNamesResponse: typing_extensions.TypeAlias = ListModelNamesResponse
+
+@typing.final
+class SetModelAliasRequest(google.protobuf.message.Message):
+    """Request of SetModelAlias."""
+
+    DESCRIPTOR: google.protobuf.descriptor.Descriptor
+
+    NAME_FIELD_NUMBER: builtins.int
+    ALIAS_FIELD_NUMBER: builtins.int
+    VERSION_FIELD_NUMBER: builtins.int
+    name: builtins.str
+    """The name."""
+    alias: builtins.str
+    """The alias, such as `production`."""
+    version: builtins.int
+    """The version it shall point to."""
+    def __init__(
+        self,
+        *,
+        name: builtins.str = ...,
+        alias: builtins.str = ...,
+        version: builtins.int = ...,
+    ) -> None: ...
+    def ClearField(self, field_name: typing.Literal["alias", b"alias", "name", b"name", "version", b"version"]) -> None: ...
+
+Global___SetModelAliasRequest: typing_extensions.TypeAlias = SetModelAliasRequest
+
+@typing.final
+class SetModelAliasResponse(google.protobuf.message.Message):
+    """Response of SetModelAlias."""
+
+    DESCRIPTOR: google.protobuf.descriptor.Descriptor
+
+    ALIAS_FIELD_NUMBER: builtins.int
+    @property
+    def alias(self) -> luthier.v1.model_pb2.ModelAlias:
+        """The alias."""
+
+    def __init__(
+        self,
+        *,
+        alias: luthier.v1.model_pb2.ModelAlias | None = ...,
+    ) -> None: ...
+    def HasField(self, field_name: typing.Literal["alias", b"alias"]) -> builtins.bool: ...
+    def ClearField(self, field_name: typing.Literal["alias", b"alias"]) -> None: ...
+
+Global___SetModelAliasResponse: typing_extensions.TypeAlias = SetModelAliasResponse
+
+@typing.final
+class RollbackModelAliasRequest(google.protobuf.message.Message):
+    """Request of RollbackModelAlias."""
+
+    DESCRIPTOR: google.protobuf.descriptor.Descriptor
+
+    NAME_FIELD_NUMBER: builtins.int
+    ALIAS_FIELD_NUMBER: builtins.int
+    name: builtins.str
+    """The name."""
+    alias: builtins.str
+    """The alias."""
+    def __init__(
+        self,
+        *,
+        name: builtins.str = ...,
+        alias: builtins.str = ...,
+    ) -> None: ...
+    def ClearField(self, field_name: typing.Literal["alias", b"alias", "name", b"name"]) -> None: ...
+
+Global___RollbackModelAliasRequest: typing_extensions.TypeAlias = RollbackModelAliasRequest
+
+@typing.final
+class RollbackModelAliasResponse(google.protobuf.message.Message):
+    """Response of RollbackModelAlias."""
+
+    DESCRIPTOR: google.protobuf.descriptor.Descriptor
+
+    ALIAS_FIELD_NUMBER: builtins.int
+    @property
+    def alias(self) -> luthier.v1.model_pb2.ModelAlias:
+        """The alias."""
+
+    def __init__(
+        self,
+        *,
+        alias: luthier.v1.model_pb2.ModelAlias | None = ...,
+    ) -> None: ...
+    def HasField(self, field_name: typing.Literal["alias", b"alias"]) -> builtins.bool: ...
+    def ClearField(self, field_name: typing.Literal["alias", b"alias"]) -> None: ...
+
+Global___RollbackModelAliasResponse: typing_extensions.TypeAlias = RollbackModelAliasResponse
+
+@typing.final
+class DeleteModelAliasRequest(google.protobuf.message.Message):
+    """Request of DeleteModelAlias."""
+
+    DESCRIPTOR: google.protobuf.descriptor.Descriptor
+
+    NAME_FIELD_NUMBER: builtins.int
+    ALIAS_FIELD_NUMBER: builtins.int
+    name: builtins.str
+    """The name."""
+    alias: builtins.str
+    """The alias."""
+    def __init__(
+        self,
+        *,
+        name: builtins.str = ...,
+        alias: builtins.str = ...,
+    ) -> None: ...
+    def ClearField(self, field_name: typing.Literal["alias", b"alias", "name", b"name"]) -> None: ...
+
+Global___DeleteModelAliasRequest: typing_extensions.TypeAlias = DeleteModelAliasRequest
+
+@typing.final
+class DeleteModelAliasResponse(google.protobuf.message.Message):
+    """Response of DeleteModelAlias."""
+
+    DESCRIPTOR: google.protobuf.descriptor.Descriptor
+
+    def __init__(
+        self,
+    ) -> None: ...
+
+Global___DeleteModelAliasResponse: typing_extensions.TypeAlias = DeleteModelAliasResponse
+
+@typing.final
+class GetModelCardRequest(google.protobuf.message.Message):
+    """Request of GetModelCard."""
+
+    DESCRIPTOR: google.protobuf.descriptor.Descriptor
+
+    MODEL_ID_FIELD_NUMBER: builtins.int
+    model_id: builtins.str
+    """The model."""
+    def __init__(
+        self,
+        *,
+        model_id: builtins.str = ...,
+    ) -> None: ...
+    def ClearField(self, field_name: typing.Literal["model_id", b"model_id"]) -> None: ...
+
+Global___GetModelCardRequest: typing_extensions.TypeAlias = GetModelCardRequest
+
+@typing.final
+class GetModelCardResponse(google.protobuf.message.Message):
+    """Response of GetModelCard."""
+
+    DESCRIPTOR: google.protobuf.descriptor.Descriptor
+
+    MARKDOWN_FIELD_NUMBER: builtins.int
+    markdown: builtins.str
+    """Markdown, with the metadata that the Hugging Face Hub reads at its top."""
+    def __init__(
+        self,
+        *,
+        markdown: builtins.str = ...,
+    ) -> None: ...
+    def ClearField(self, field_name: typing.Literal["markdown", b"markdown"]) -> None: ...
+
+Global___GetModelCardResponse: typing_extensions.TypeAlias = GetModelCardResponse
+
+@typing.final
+class GetModelLineageRequest(google.protobuf.message.Message):
+    """Request of GetModelLineage."""
+
+    DESCRIPTOR: google.protobuf.descriptor.Descriptor
+
+    MODEL_ID_FIELD_NUMBER: builtins.int
+    model_id: builtins.str
+    """The model."""
+    def __init__(
+        self,
+        *,
+        model_id: builtins.str = ...,
+    ) -> None: ...
+    def ClearField(self, field_name: typing.Literal["model_id", b"model_id"]) -> None: ...
+
+Global___GetModelLineageRequest: typing_extensions.TypeAlias = GetModelLineageRequest
+
+@typing.final
+class GetModelLineageResponse(google.protobuf.message.Message):
+    """Response of GetModelLineage."""
+
+    DESCRIPTOR: google.protobuf.descriptor.Descriptor
+
+    NODES_FIELD_NUMBER: builtins.int
+    EDGES_FIELD_NUMBER: builtins.int
+    @property
+    def nodes(self) -> google.protobuf.internal.containers.RepeatedCompositeFieldContainer[luthier.v1.model_pb2.LineageNode]:
+        """The model, everything it was made of, and everything that was made of it."""
+
+    @property
+    def edges(self) -> google.protobuf.internal.containers.RepeatedCompositeFieldContainer[luthier.v1.model_pb2.LineageEdge]:
+        """How they hang together."""
+
+    def __init__(
+        self,
+        *,
+        nodes: collections.abc.Iterable[luthier.v1.model_pb2.LineageNode] | None = ...,
+        edges: collections.abc.Iterable[luthier.v1.model_pb2.LineageEdge] | None = ...,
+    ) -> None: ...
+    def ClearField(self, field_name: typing.Literal["edges", b"edges", "nodes", b"nodes"]) -> None: ...
+
+Global___GetModelLineageResponse: typing_extensions.TypeAlias = GetModelLineageResponse
+
+@typing.final
+class ExportModelRequest(google.protobuf.message.Message):
+    """Request of ExportModel."""
+
+    DESCRIPTOR: google.protobuf.descriptor.Descriptor
+
+    EXPORT_FIELD_NUMBER: builtins.int
+    REQUEST_ID_FIELD_NUMBER: builtins.int
+    VALIDATE_ONLY_FIELD_NUMBER: builtins.int
+    request_id: builtins.str
+    """A UUID chosen by the client: the same id with the same request gives the same job, however often it is sent."""
+    validate_only: builtins.bool
+    """Check everything and answer what would be created, but store nothing."""
+    @property
+    def export(self) -> luthier.v1.export_task_pb2.ExportTask:
+        """What to write."""
+
+    def __init__(
+        self,
+        *,
+        export: luthier.v1.export_task_pb2.ExportTask | None = ...,
+        request_id: builtins.str = ...,
+        validate_only: builtins.bool = ...,
+    ) -> None: ...
+    def HasField(self, field_name: typing.Literal["export", b"export"]) -> builtins.bool: ...
+    def ClearField(self, field_name: typing.Literal["export", b"export", "request_id", b"request_id", "validate_only", b"validate_only"]) -> None: ...
+
+Global___ExportModelRequest: typing_extensions.TypeAlias = ExportModelRequest
+
+@typing.final
+class ExportModelResponse(google.protobuf.message.Message):
+    """Response of ExportModel."""
+
+    DESCRIPTOR: google.protobuf.descriptor.Descriptor
+
+    JOB_FIELD_NUMBER: builtins.int
+    @property
+    def job(self) -> luthier.v1.job_pb2.Job:
+        """The job that writes it."""
+
+    def __init__(
+        self,
+        *,
+        job: luthier.v1.job_pb2.Job | None = ...,
+    ) -> None: ...
+    def HasField(self, field_name: typing.Literal["job", b"job"]) -> builtins.bool: ...
+    def ClearField(self, field_name: typing.Literal["job", b"job"]) -> None: ...
+
+Global___ExportModelResponse: typing_extensions.TypeAlias = ExportModelResponse
+
+@typing.final
+class GetExportRequest(google.protobuf.message.Message):
+    """Request of GetExport."""
+
+    DESCRIPTOR: google.protobuf.descriptor.Descriptor
+
+    EXPORT_ID_FIELD_NUMBER: builtins.int
+    export_id: builtins.str
+    """`export_...`."""
+    def __init__(
+        self,
+        *,
+        export_id: builtins.str = ...,
+    ) -> None: ...
+    def ClearField(self, field_name: typing.Literal["export_id", b"export_id"]) -> None: ...
+
+Global___GetExportRequest: typing_extensions.TypeAlias = GetExportRequest
+
+@typing.final
+class GetExportResponse(google.protobuf.message.Message):
+    """Response of GetExport."""
+
+    DESCRIPTOR: google.protobuf.descriptor.Descriptor
+
+    EXPORT_FIELD_NUMBER: builtins.int
+    @property
+    def export(self) -> luthier.v1.export_pb2.Export:
+        """The export."""
+
+    def __init__(
+        self,
+        *,
+        export: luthier.v1.export_pb2.Export | None = ...,
+    ) -> None: ...
+    def HasField(self, field_name: typing.Literal["export", b"export"]) -> builtins.bool: ...
+    def ClearField(self, field_name: typing.Literal["export", b"export"]) -> None: ...
+
+Global___GetExportResponse: typing_extensions.TypeAlias = GetExportResponse
+
+@typing.final
+class ListExportsRequest(google.protobuf.message.Message):
+    """Request of ListExports."""
+
+    DESCRIPTOR: google.protobuf.descriptor.Descriptor
+
+    PAGE_SIZE_FIELD_NUMBER: builtins.int
+    PAGE_TOKEN_FIELD_NUMBER: builtins.int
+    MODEL_ID_FIELD_NUMBER: builtins.int
+    ID_PREFIX_FIELD_NUMBER: builtins.int
+    page_size: builtins.int
+    """Exports a page; 0 means 50, more than 1000 means 1000."""
+    page_token: builtins.str
+    """next_page_token of the page before, with all other fields as they were."""
+    model_id: builtins.str
+    """Only those of this model."""
+    id_prefix: builtins.str
+    """Only exports whose id starts with this."""
+    def __init__(
+        self,
+        *,
+        page_size: builtins.int = ...,
+        page_token: builtins.str = ...,
+        model_id: builtins.str = ...,
+        id_prefix: builtins.str = ...,
+    ) -> None: ...
+    def ClearField(self, field_name: typing.Literal["id_prefix", b"id_prefix", "model_id", b"model_id", "page_size", b"page_size", "page_token", b"page_token"]) -> None: ...
+
+Global___ListExportsRequest: typing_extensions.TypeAlias = ListExportsRequest
+
+@typing.final
+class ListExportsResponse(google.protobuf.message.Message):
+    """Response of ListExports."""
+
+    DESCRIPTOR: google.protobuf.descriptor.Descriptor
+
+    EXPORTS_FIELD_NUMBER: builtins.int
+    NEXT_PAGE_TOKEN_FIELD_NUMBER: builtins.int
+    next_page_token: builtins.str
+    """Where the next page starts; empty at the end, and only there."""
+    @property
+    def exports(self) -> google.protobuf.internal.containers.RepeatedCompositeFieldContainer[luthier.v1.export_pb2.Export]:
+        """The page, newest first; without the list of files."""
+
+    def __init__(
+        self,
+        *,
+        exports: collections.abc.Iterable[luthier.v1.export_pb2.Export] | None = ...,
+        next_page_token: builtins.str = ...,
+    ) -> None: ...
+    def ClearField(self, field_name: typing.Literal["exports", b"exports", "next_page_token", b"next_page_token"]) -> None: ...
+
+Global___ListExportsResponse: typing_extensions.TypeAlias = ListExportsResponse
+
+@typing.final
+class DeleteExportRequest(google.protobuf.message.Message):
+    """Request of DeleteExport."""
+
+    DESCRIPTOR: google.protobuf.descriptor.Descriptor
+
+    EXPORT_ID_FIELD_NUMBER: builtins.int
+    export_id: builtins.str
+    """`export_...`."""
+    def __init__(
+        self,
+        *,
+        export_id: builtins.str = ...,
+    ) -> None: ...
+    def ClearField(self, field_name: typing.Literal["export_id", b"export_id"]) -> None: ...
+
+Global___DeleteExportRequest: typing_extensions.TypeAlias = DeleteExportRequest
+
+@typing.final
+class DeleteExportResponse(google.protobuf.message.Message):
+    """Response of DeleteExport."""
+
+    DESCRIPTOR: google.protobuf.descriptor.Descriptor
+
+    def __init__(
+        self,
+    ) -> None: ...
+
+Global___DeleteExportResponse: typing_extensions.TypeAlias = DeleteExportResponse

@@ -26,7 +26,8 @@ if _version_not_supported:
 
 
 class ModelsStub(object):
-    """Models that jobs made.
+    """Models that jobs made. A `model_id` in a request is `model_...`, `name` (its newest version), `name@3` or
+    `name@production`.
     """
 
     def __init__(self, channel):
@@ -50,10 +51,76 @@ class ModelsStub(object):
                 request_serializer=luthier_dot_v1_dot_models__pb2.DownloadModelRequest.SerializeToString,
                 response_deserializer=luthier_dot_v1_dot_models__pb2.DownloadModelResponse.FromString,
                 _registered_method=True)
+        self.UpdateModel = channel.unary_unary(
+                '/luthier.v1.Models/UpdateModel',
+                request_serializer=luthier_dot_v1_dot_models__pb2.UpdateModelRequest.SerializeToString,
+                response_deserializer=luthier_dot_v1_dot_models__pb2.UpdateModelResponse.FromString,
+                _registered_method=True)
+        self.DeleteModel = channel.unary_unary(
+                '/luthier.v1.Models/DeleteModel',
+                request_serializer=luthier_dot_v1_dot_models__pb2.DeleteModelRequest.SerializeToString,
+                response_deserializer=luthier_dot_v1_dot_models__pb2.DeleteModelResponse.FromString,
+                _registered_method=True)
+        self.RegisterModel = channel.unary_unary(
+                '/luthier.v1.Models/RegisterModel',
+                request_serializer=luthier_dot_v1_dot_models__pb2.RegisterModelRequest.SerializeToString,
+                response_deserializer=luthier_dot_v1_dot_models__pb2.RegisterModelResponse.FromString,
+                _registered_method=True)
+        self.ListModelNames = channel.unary_unary(
+                '/luthier.v1.Models/ListModelNames',
+                request_serializer=luthier_dot_v1_dot_models__pb2.ListModelNamesRequest.SerializeToString,
+                response_deserializer=luthier_dot_v1_dot_models__pb2.ListModelNamesResponse.FromString,
+                _registered_method=True)
+        self.SetModelAlias = channel.unary_unary(
+                '/luthier.v1.Models/SetModelAlias',
+                request_serializer=luthier_dot_v1_dot_models__pb2.SetModelAliasRequest.SerializeToString,
+                response_deserializer=luthier_dot_v1_dot_models__pb2.SetModelAliasResponse.FromString,
+                _registered_method=True)
+        self.RollbackModelAlias = channel.unary_unary(
+                '/luthier.v1.Models/RollbackModelAlias',
+                request_serializer=luthier_dot_v1_dot_models__pb2.RollbackModelAliasRequest.SerializeToString,
+                response_deserializer=luthier_dot_v1_dot_models__pb2.RollbackModelAliasResponse.FromString,
+                _registered_method=True)
+        self.DeleteModelAlias = channel.unary_unary(
+                '/luthier.v1.Models/DeleteModelAlias',
+                request_serializer=luthier_dot_v1_dot_models__pb2.DeleteModelAliasRequest.SerializeToString,
+                response_deserializer=luthier_dot_v1_dot_models__pb2.DeleteModelAliasResponse.FromString,
+                _registered_method=True)
+        self.GetModelCard = channel.unary_unary(
+                '/luthier.v1.Models/GetModelCard',
+                request_serializer=luthier_dot_v1_dot_models__pb2.GetModelCardRequest.SerializeToString,
+                response_deserializer=luthier_dot_v1_dot_models__pb2.GetModelCardResponse.FromString,
+                _registered_method=True)
+        self.GetModelLineage = channel.unary_unary(
+                '/luthier.v1.Models/GetModelLineage',
+                request_serializer=luthier_dot_v1_dot_models__pb2.GetModelLineageRequest.SerializeToString,
+                response_deserializer=luthier_dot_v1_dot_models__pb2.GetModelLineageResponse.FromString,
+                _registered_method=True)
+        self.ExportModel = channel.unary_unary(
+                '/luthier.v1.Models/ExportModel',
+                request_serializer=luthier_dot_v1_dot_models__pb2.ExportModelRequest.SerializeToString,
+                response_deserializer=luthier_dot_v1_dot_models__pb2.ExportModelResponse.FromString,
+                _registered_method=True)
+        self.GetExport = channel.unary_unary(
+                '/luthier.v1.Models/GetExport',
+                request_serializer=luthier_dot_v1_dot_models__pb2.GetExportRequest.SerializeToString,
+                response_deserializer=luthier_dot_v1_dot_models__pb2.GetExportResponse.FromString,
+                _registered_method=True)
+        self.ListExports = channel.unary_unary(
+                '/luthier.v1.Models/ListExports',
+                request_serializer=luthier_dot_v1_dot_models__pb2.ListExportsRequest.SerializeToString,
+                response_deserializer=luthier_dot_v1_dot_models__pb2.ListExportsResponse.FromString,
+                _registered_method=True)
+        self.DeleteExport = channel.unary_unary(
+                '/luthier.v1.Models/DeleteExport',
+                request_serializer=luthier_dot_v1_dot_models__pb2.DeleteExportRequest.SerializeToString,
+                response_deserializer=luthier_dot_v1_dot_models__pb2.DeleteExportResponse.FromString,
+                _registered_method=True)
 
 
 class ModelsServicer(object):
-    """Models that jobs made.
+    """Models that jobs made. A `model_id` in a request is `model_...`, `name` (its newest version), `name@3` or
+    `name@production`.
     """
 
     def GetModel(self, request, context):
@@ -77,6 +144,97 @@ class ModelsServicer(object):
         context.set_details('Method not implemented!')
         raise NotImplementedError('Method not implemented!')
 
+    def UpdateModel(self, request, context):
+        """Changes a model's tags or description.
+        """
+        context.set_code(grpc.StatusCode.UNIMPLEMENTED)
+        context.set_details('Method not implemented!')
+        raise NotImplementedError('Method not implemented!')
+
+    def DeleteModel(self, request, context):
+        """Deletes a model with its files. Refused while something depends on it.
+        """
+        context.set_code(grpc.StatusCode.UNIMPLEMENTED)
+        context.set_details('Method not implemented!')
+        raise NotImplementedError('Method not implemented!')
+
+    def RegisterModel(self, request, context):
+        """Makes a model the next version of a name; a checkpoint becomes a model first.
+        """
+        context.set_code(grpc.StatusCode.UNIMPLEMENTED)
+        context.set_details('Method not implemented!')
+        raise NotImplementedError('Method not implemented!')
+
+    def ListModelNames(self, request, context):
+        """Lists names with their versions and aliases, by name.
+        """
+        context.set_code(grpc.StatusCode.UNIMPLEMENTED)
+        context.set_details('Method not implemented!')
+        raise NotImplementedError('Method not implemented!')
+
+    def SetModelAlias(self, request, context):
+        """Points an alias of a name to one of its versions.
+        """
+        context.set_code(grpc.StatusCode.UNIMPLEMENTED)
+        context.set_details('Method not implemented!')
+        raise NotImplementedError('Method not implemented!')
+
+    def RollbackModelAlias(self, request, context):
+        """Points an alias to where it pointed before its last move.
+        """
+        context.set_code(grpc.StatusCode.UNIMPLEMENTED)
+        context.set_details('Method not implemented!')
+        raise NotImplementedError('Method not implemented!')
+
+    def DeleteModelAlias(self, request, context):
+        """Deletes an alias; the versions stay.
+        """
+        context.set_code(grpc.StatusCode.UNIMPLEMENTED)
+        context.set_details('Method not implemented!')
+        raise NotImplementedError('Method not implemented!')
+
+    def GetModelCard(self, request, context):
+        """Writes a model's card, in Markdown.
+        """
+        context.set_code(grpc.StatusCode.UNIMPLEMENTED)
+        context.set_details('Method not implemented!')
+        raise NotImplementedError('Method not implemented!')
+
+    def GetModelLineage(self, request, context):
+        """Tells what a model was made of, and what was made of it.
+        """
+        context.set_code(grpc.StatusCode.UNIMPLEMENTED)
+        context.set_details('Method not implemented!')
+        raise NotImplementedError('Method not implemented!')
+
+    def ExportModel(self, request, context):
+        """Creates a job that writes a model in the form that others load, and proves it. WatchJob follows it.
+        """
+        context.set_code(grpc.StatusCode.UNIMPLEMENTED)
+        context.set_details('Method not implemented!')
+        raise NotImplementedError('Method not implemented!')
+
+    def GetExport(self, request, context):
+        """Returns an export.
+        """
+        context.set_code(grpc.StatusCode.UNIMPLEMENTED)
+        context.set_details('Method not implemented!')
+        raise NotImplementedError('Method not implemented!')
+
+    def ListExports(self, request, context):
+        """Lists exports, newest first.
+        """
+        context.set_code(grpc.StatusCode.UNIMPLEMENTED)
+        context.set_details('Method not implemented!')
+        raise NotImplementedError('Method not implemented!')
+
+    def DeleteExport(self, request, context):
+        """Deletes an export with its files; copies at destinations stay.
+        """
+        context.set_code(grpc.StatusCode.UNIMPLEMENTED)
+        context.set_details('Method not implemented!')
+        raise NotImplementedError('Method not implemented!')
+
 
 def add_ModelsServicer_to_server(servicer, server):
     rpc_method_handlers = {
@@ -95,6 +253,71 @@ def add_ModelsServicer_to_server(servicer, server):
                     request_deserializer=luthier_dot_v1_dot_models__pb2.DownloadModelRequest.FromString,
                     response_serializer=luthier_dot_v1_dot_models__pb2.DownloadModelResponse.SerializeToString,
             ),
+            'UpdateModel': grpc.unary_unary_rpc_method_handler(
+                    servicer.UpdateModel,
+                    request_deserializer=luthier_dot_v1_dot_models__pb2.UpdateModelRequest.FromString,
+                    response_serializer=luthier_dot_v1_dot_models__pb2.UpdateModelResponse.SerializeToString,
+            ),
+            'DeleteModel': grpc.unary_unary_rpc_method_handler(
+                    servicer.DeleteModel,
+                    request_deserializer=luthier_dot_v1_dot_models__pb2.DeleteModelRequest.FromString,
+                    response_serializer=luthier_dot_v1_dot_models__pb2.DeleteModelResponse.SerializeToString,
+            ),
+            'RegisterModel': grpc.unary_unary_rpc_method_handler(
+                    servicer.RegisterModel,
+                    request_deserializer=luthier_dot_v1_dot_models__pb2.RegisterModelRequest.FromString,
+                    response_serializer=luthier_dot_v1_dot_models__pb2.RegisterModelResponse.SerializeToString,
+            ),
+            'ListModelNames': grpc.unary_unary_rpc_method_handler(
+                    servicer.ListModelNames,
+                    request_deserializer=luthier_dot_v1_dot_models__pb2.ListModelNamesRequest.FromString,
+                    response_serializer=luthier_dot_v1_dot_models__pb2.ListModelNamesResponse.SerializeToString,
+            ),
+            'SetModelAlias': grpc.unary_unary_rpc_method_handler(
+                    servicer.SetModelAlias,
+                    request_deserializer=luthier_dot_v1_dot_models__pb2.SetModelAliasRequest.FromString,
+                    response_serializer=luthier_dot_v1_dot_models__pb2.SetModelAliasResponse.SerializeToString,
+            ),
+            'RollbackModelAlias': grpc.unary_unary_rpc_method_handler(
+                    servicer.RollbackModelAlias,
+                    request_deserializer=luthier_dot_v1_dot_models__pb2.RollbackModelAliasRequest.FromString,
+                    response_serializer=luthier_dot_v1_dot_models__pb2.RollbackModelAliasResponse.SerializeToString,
+            ),
+            'DeleteModelAlias': grpc.unary_unary_rpc_method_handler(
+                    servicer.DeleteModelAlias,
+                    request_deserializer=luthier_dot_v1_dot_models__pb2.DeleteModelAliasRequest.FromString,
+                    response_serializer=luthier_dot_v1_dot_models__pb2.DeleteModelAliasResponse.SerializeToString,
+            ),
+            'GetModelCard': grpc.unary_unary_rpc_method_handler(
+                    servicer.GetModelCard,
+                    request_deserializer=luthier_dot_v1_dot_models__pb2.GetModelCardRequest.FromString,
+                    response_serializer=luthier_dot_v1_dot_models__pb2.GetModelCardResponse.SerializeToString,
+            ),
+            'GetModelLineage': grpc.unary_unary_rpc_method_handler(
+                    servicer.GetModelLineage,
+                    request_deserializer=luthier_dot_v1_dot_models__pb2.GetModelLineageRequest.FromString,
+                    response_serializer=luthier_dot_v1_dot_models__pb2.GetModelLineageResponse.SerializeToString,
+            ),
+            'ExportModel': grpc.unary_unary_rpc_method_handler(
+                    servicer.ExportModel,
+                    request_deserializer=luthier_dot_v1_dot_models__pb2.ExportModelRequest.FromString,
+                    response_serializer=luthier_dot_v1_dot_models__pb2.ExportModelResponse.SerializeToString,
+            ),
+            'GetExport': grpc.unary_unary_rpc_method_handler(
+                    servicer.GetExport,
+                    request_deserializer=luthier_dot_v1_dot_models__pb2.GetExportRequest.FromString,
+                    response_serializer=luthier_dot_v1_dot_models__pb2.GetExportResponse.SerializeToString,
+            ),
+            'ListExports': grpc.unary_unary_rpc_method_handler(
+                    servicer.ListExports,
+                    request_deserializer=luthier_dot_v1_dot_models__pb2.ListExportsRequest.FromString,
+                    response_serializer=luthier_dot_v1_dot_models__pb2.ListExportsResponse.SerializeToString,
+            ),
+            'DeleteExport': grpc.unary_unary_rpc_method_handler(
+                    servicer.DeleteExport,
+                    request_deserializer=luthier_dot_v1_dot_models__pb2.DeleteExportRequest.FromString,
+                    response_serializer=luthier_dot_v1_dot_models__pb2.DeleteExportResponse.SerializeToString,
+            ),
     }
     generic_handler = grpc.method_handlers_generic_handler(
             'luthier.v1.Models', rpc_method_handlers)
@@ -104,7 +327,8 @@ def add_ModelsServicer_to_server(servicer, server):
 
  # This class is part of an EXPERIMENTAL API.
 class Models(object):
-    """Models that jobs made.
+    """Models that jobs made. A `model_id` in a request is `model_...`, `name` (its newest version), `name@3` or
+    `name@production`.
     """
 
     @staticmethod
@@ -178,6 +402,357 @@ class Models(object):
             '/luthier.v1.Models/DownloadModel',
             luthier_dot_v1_dot_models__pb2.DownloadModelRequest.SerializeToString,
             luthier_dot_v1_dot_models__pb2.DownloadModelResponse.FromString,
+            options,
+            channel_credentials,
+            insecure,
+            call_credentials,
+            compression,
+            wait_for_ready,
+            timeout,
+            metadata,
+            _registered_method=True)
+
+    @staticmethod
+    def UpdateModel(request,
+            target,
+            options=(),
+            channel_credentials=None,
+            call_credentials=None,
+            insecure=False,
+            compression=None,
+            wait_for_ready=None,
+            timeout=None,
+            metadata=None):
+        return grpc.experimental.unary_unary(
+            request,
+            target,
+            '/luthier.v1.Models/UpdateModel',
+            luthier_dot_v1_dot_models__pb2.UpdateModelRequest.SerializeToString,
+            luthier_dot_v1_dot_models__pb2.UpdateModelResponse.FromString,
+            options,
+            channel_credentials,
+            insecure,
+            call_credentials,
+            compression,
+            wait_for_ready,
+            timeout,
+            metadata,
+            _registered_method=True)
+
+    @staticmethod
+    def DeleteModel(request,
+            target,
+            options=(),
+            channel_credentials=None,
+            call_credentials=None,
+            insecure=False,
+            compression=None,
+            wait_for_ready=None,
+            timeout=None,
+            metadata=None):
+        return grpc.experimental.unary_unary(
+            request,
+            target,
+            '/luthier.v1.Models/DeleteModel',
+            luthier_dot_v1_dot_models__pb2.DeleteModelRequest.SerializeToString,
+            luthier_dot_v1_dot_models__pb2.DeleteModelResponse.FromString,
+            options,
+            channel_credentials,
+            insecure,
+            call_credentials,
+            compression,
+            wait_for_ready,
+            timeout,
+            metadata,
+            _registered_method=True)
+
+    @staticmethod
+    def RegisterModel(request,
+            target,
+            options=(),
+            channel_credentials=None,
+            call_credentials=None,
+            insecure=False,
+            compression=None,
+            wait_for_ready=None,
+            timeout=None,
+            metadata=None):
+        return grpc.experimental.unary_unary(
+            request,
+            target,
+            '/luthier.v1.Models/RegisterModel',
+            luthier_dot_v1_dot_models__pb2.RegisterModelRequest.SerializeToString,
+            luthier_dot_v1_dot_models__pb2.RegisterModelResponse.FromString,
+            options,
+            channel_credentials,
+            insecure,
+            call_credentials,
+            compression,
+            wait_for_ready,
+            timeout,
+            metadata,
+            _registered_method=True)
+
+    @staticmethod
+    def ListModelNames(request,
+            target,
+            options=(),
+            channel_credentials=None,
+            call_credentials=None,
+            insecure=False,
+            compression=None,
+            wait_for_ready=None,
+            timeout=None,
+            metadata=None):
+        return grpc.experimental.unary_unary(
+            request,
+            target,
+            '/luthier.v1.Models/ListModelNames',
+            luthier_dot_v1_dot_models__pb2.ListModelNamesRequest.SerializeToString,
+            luthier_dot_v1_dot_models__pb2.ListModelNamesResponse.FromString,
+            options,
+            channel_credentials,
+            insecure,
+            call_credentials,
+            compression,
+            wait_for_ready,
+            timeout,
+            metadata,
+            _registered_method=True)
+
+    @staticmethod
+    def SetModelAlias(request,
+            target,
+            options=(),
+            channel_credentials=None,
+            call_credentials=None,
+            insecure=False,
+            compression=None,
+            wait_for_ready=None,
+            timeout=None,
+            metadata=None):
+        return grpc.experimental.unary_unary(
+            request,
+            target,
+            '/luthier.v1.Models/SetModelAlias',
+            luthier_dot_v1_dot_models__pb2.SetModelAliasRequest.SerializeToString,
+            luthier_dot_v1_dot_models__pb2.SetModelAliasResponse.FromString,
+            options,
+            channel_credentials,
+            insecure,
+            call_credentials,
+            compression,
+            wait_for_ready,
+            timeout,
+            metadata,
+            _registered_method=True)
+
+    @staticmethod
+    def RollbackModelAlias(request,
+            target,
+            options=(),
+            channel_credentials=None,
+            call_credentials=None,
+            insecure=False,
+            compression=None,
+            wait_for_ready=None,
+            timeout=None,
+            metadata=None):
+        return grpc.experimental.unary_unary(
+            request,
+            target,
+            '/luthier.v1.Models/RollbackModelAlias',
+            luthier_dot_v1_dot_models__pb2.RollbackModelAliasRequest.SerializeToString,
+            luthier_dot_v1_dot_models__pb2.RollbackModelAliasResponse.FromString,
+            options,
+            channel_credentials,
+            insecure,
+            call_credentials,
+            compression,
+            wait_for_ready,
+            timeout,
+            metadata,
+            _registered_method=True)
+
+    @staticmethod
+    def DeleteModelAlias(request,
+            target,
+            options=(),
+            channel_credentials=None,
+            call_credentials=None,
+            insecure=False,
+            compression=None,
+            wait_for_ready=None,
+            timeout=None,
+            metadata=None):
+        return grpc.experimental.unary_unary(
+            request,
+            target,
+            '/luthier.v1.Models/DeleteModelAlias',
+            luthier_dot_v1_dot_models__pb2.DeleteModelAliasRequest.SerializeToString,
+            luthier_dot_v1_dot_models__pb2.DeleteModelAliasResponse.FromString,
+            options,
+            channel_credentials,
+            insecure,
+            call_credentials,
+            compression,
+            wait_for_ready,
+            timeout,
+            metadata,
+            _registered_method=True)
+
+    @staticmethod
+    def GetModelCard(request,
+            target,
+            options=(),
+            channel_credentials=None,
+            call_credentials=None,
+            insecure=False,
+            compression=None,
+            wait_for_ready=None,
+            timeout=None,
+            metadata=None):
+        return grpc.experimental.unary_unary(
+            request,
+            target,
+            '/luthier.v1.Models/GetModelCard',
+            luthier_dot_v1_dot_models__pb2.GetModelCardRequest.SerializeToString,
+            luthier_dot_v1_dot_models__pb2.GetModelCardResponse.FromString,
+            options,
+            channel_credentials,
+            insecure,
+            call_credentials,
+            compression,
+            wait_for_ready,
+            timeout,
+            metadata,
+            _registered_method=True)
+
+    @staticmethod
+    def GetModelLineage(request,
+            target,
+            options=(),
+            channel_credentials=None,
+            call_credentials=None,
+            insecure=False,
+            compression=None,
+            wait_for_ready=None,
+            timeout=None,
+            metadata=None):
+        return grpc.experimental.unary_unary(
+            request,
+            target,
+            '/luthier.v1.Models/GetModelLineage',
+            luthier_dot_v1_dot_models__pb2.GetModelLineageRequest.SerializeToString,
+            luthier_dot_v1_dot_models__pb2.GetModelLineageResponse.FromString,
+            options,
+            channel_credentials,
+            insecure,
+            call_credentials,
+            compression,
+            wait_for_ready,
+            timeout,
+            metadata,
+            _registered_method=True)
+
+    @staticmethod
+    def ExportModel(request,
+            target,
+            options=(),
+            channel_credentials=None,
+            call_credentials=None,
+            insecure=False,
+            compression=None,
+            wait_for_ready=None,
+            timeout=None,
+            metadata=None):
+        return grpc.experimental.unary_unary(
+            request,
+            target,
+            '/luthier.v1.Models/ExportModel',
+            luthier_dot_v1_dot_models__pb2.ExportModelRequest.SerializeToString,
+            luthier_dot_v1_dot_models__pb2.ExportModelResponse.FromString,
+            options,
+            channel_credentials,
+            insecure,
+            call_credentials,
+            compression,
+            wait_for_ready,
+            timeout,
+            metadata,
+            _registered_method=True)
+
+    @staticmethod
+    def GetExport(request,
+            target,
+            options=(),
+            channel_credentials=None,
+            call_credentials=None,
+            insecure=False,
+            compression=None,
+            wait_for_ready=None,
+            timeout=None,
+            metadata=None):
+        return grpc.experimental.unary_unary(
+            request,
+            target,
+            '/luthier.v1.Models/GetExport',
+            luthier_dot_v1_dot_models__pb2.GetExportRequest.SerializeToString,
+            luthier_dot_v1_dot_models__pb2.GetExportResponse.FromString,
+            options,
+            channel_credentials,
+            insecure,
+            call_credentials,
+            compression,
+            wait_for_ready,
+            timeout,
+            metadata,
+            _registered_method=True)
+
+    @staticmethod
+    def ListExports(request,
+            target,
+            options=(),
+            channel_credentials=None,
+            call_credentials=None,
+            insecure=False,
+            compression=None,
+            wait_for_ready=None,
+            timeout=None,
+            metadata=None):
+        return grpc.experimental.unary_unary(
+            request,
+            target,
+            '/luthier.v1.Models/ListExports',
+            luthier_dot_v1_dot_models__pb2.ListExportsRequest.SerializeToString,
+            luthier_dot_v1_dot_models__pb2.ListExportsResponse.FromString,
+            options,
+            channel_credentials,
+            insecure,
+            call_credentials,
+            compression,
+            wait_for_ready,
+            timeout,
+            metadata,
+            _registered_method=True)
+
+    @staticmethod
+    def DeleteExport(request,
+            target,
+            options=(),
+            channel_credentials=None,
+            call_credentials=None,
+            insecure=False,
+            compression=None,
+            wait_for_ready=None,
+            timeout=None,
+            metadata=None):
+        return grpc.experimental.unary_unary(
+            request,
+            target,
+            '/luthier.v1.Models/DeleteExport',
+            luthier_dot_v1_dot_models__pb2.DeleteExportRequest.SerializeToString,
+            luthier_dot_v1_dot_models__pb2.DeleteExportResponse.FromString,
             options,
             channel_credentials,
             insecure,

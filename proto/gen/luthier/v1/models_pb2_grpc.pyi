@@ -73,8 +73,218 @@ _ModelsDownloadModelType = typing_extensions.TypeVar(
     ],
 )
 
-class ModelsStub(typing.Generic[_ModelsGetModelType, _ModelsListModelsType, _ModelsDownloadModelType]):
-    """Models that jobs made."""
+_ModelsUpdateModelType = typing_extensions.TypeVar(
+    '_ModelsUpdateModelType',
+    grpc.UnaryUnaryMultiCallable[
+        luthier.v1.models_pb2.UpdateModelRequest,
+        luthier.v1.models_pb2.UpdateModelResponse,
+    ],
+    grpc.aio.UnaryUnaryMultiCallable[
+        luthier.v1.models_pb2.UpdateModelRequest,
+        luthier.v1.models_pb2.UpdateModelResponse,
+    ],
+    default=grpc.UnaryUnaryMultiCallable[
+        luthier.v1.models_pb2.UpdateModelRequest,
+        luthier.v1.models_pb2.UpdateModelResponse,
+    ],
+)
+
+_ModelsDeleteModelType = typing_extensions.TypeVar(
+    '_ModelsDeleteModelType',
+    grpc.UnaryUnaryMultiCallable[
+        luthier.v1.models_pb2.DeleteModelRequest,
+        luthier.v1.models_pb2.DeleteModelResponse,
+    ],
+    grpc.aio.UnaryUnaryMultiCallable[
+        luthier.v1.models_pb2.DeleteModelRequest,
+        luthier.v1.models_pb2.DeleteModelResponse,
+    ],
+    default=grpc.UnaryUnaryMultiCallable[
+        luthier.v1.models_pb2.DeleteModelRequest,
+        luthier.v1.models_pb2.DeleteModelResponse,
+    ],
+)
+
+_ModelsRegisterModelType = typing_extensions.TypeVar(
+    '_ModelsRegisterModelType',
+    grpc.UnaryUnaryMultiCallable[
+        luthier.v1.models_pb2.RegisterModelRequest,
+        luthier.v1.models_pb2.RegisterModelResponse,
+    ],
+    grpc.aio.UnaryUnaryMultiCallable[
+        luthier.v1.models_pb2.RegisterModelRequest,
+        luthier.v1.models_pb2.RegisterModelResponse,
+    ],
+    default=grpc.UnaryUnaryMultiCallable[
+        luthier.v1.models_pb2.RegisterModelRequest,
+        luthier.v1.models_pb2.RegisterModelResponse,
+    ],
+)
+
+_ModelsListModelNamesType = typing_extensions.TypeVar(
+    '_ModelsListModelNamesType',
+    grpc.UnaryUnaryMultiCallable[
+        luthier.v1.models_pb2.ListModelNamesRequest,
+        luthier.v1.models_pb2.ListModelNamesResponse,
+    ],
+    grpc.aio.UnaryUnaryMultiCallable[
+        luthier.v1.models_pb2.ListModelNamesRequest,
+        luthier.v1.models_pb2.ListModelNamesResponse,
+    ],
+    default=grpc.UnaryUnaryMultiCallable[
+        luthier.v1.models_pb2.ListModelNamesRequest,
+        luthier.v1.models_pb2.ListModelNamesResponse,
+    ],
+)
+
+_ModelsSetModelAliasType = typing_extensions.TypeVar(
+    '_ModelsSetModelAliasType',
+    grpc.UnaryUnaryMultiCallable[
+        luthier.v1.models_pb2.SetModelAliasRequest,
+        luthier.v1.models_pb2.SetModelAliasResponse,
+    ],
+    grpc.aio.UnaryUnaryMultiCallable[
+        luthier.v1.models_pb2.SetModelAliasRequest,
+        luthier.v1.models_pb2.SetModelAliasResponse,
+    ],
+    default=grpc.UnaryUnaryMultiCallable[
+        luthier.v1.models_pb2.SetModelAliasRequest,
+        luthier.v1.models_pb2.SetModelAliasResponse,
+    ],
+)
+
+_ModelsRollbackModelAliasType = typing_extensions.TypeVar(
+    '_ModelsRollbackModelAliasType',
+    grpc.UnaryUnaryMultiCallable[
+        luthier.v1.models_pb2.RollbackModelAliasRequest,
+        luthier.v1.models_pb2.RollbackModelAliasResponse,
+    ],
+    grpc.aio.UnaryUnaryMultiCallable[
+        luthier.v1.models_pb2.RollbackModelAliasRequest,
+        luthier.v1.models_pb2.RollbackModelAliasResponse,
+    ],
+    default=grpc.UnaryUnaryMultiCallable[
+        luthier.v1.models_pb2.RollbackModelAliasRequest,
+        luthier.v1.models_pb2.RollbackModelAliasResponse,
+    ],
+)
+
+_ModelsDeleteModelAliasType = typing_extensions.TypeVar(
+    '_ModelsDeleteModelAliasType',
+    grpc.UnaryUnaryMultiCallable[
+        luthier.v1.models_pb2.DeleteModelAliasRequest,
+        luthier.v1.models_pb2.DeleteModelAliasResponse,
+    ],
+    grpc.aio.UnaryUnaryMultiCallable[
+        luthier.v1.models_pb2.DeleteModelAliasRequest,
+        luthier.v1.models_pb2.DeleteModelAliasResponse,
+    ],
+    default=grpc.UnaryUnaryMultiCallable[
+        luthier.v1.models_pb2.DeleteModelAliasRequest,
+        luthier.v1.models_pb2.DeleteModelAliasResponse,
+    ],
+)
+
+_ModelsGetModelCardType = typing_extensions.TypeVar(
+    '_ModelsGetModelCardType',
+    grpc.UnaryUnaryMultiCallable[
+        luthier.v1.models_pb2.GetModelCardRequest,
+        luthier.v1.models_pb2.GetModelCardResponse,
+    ],
+    grpc.aio.UnaryUnaryMultiCallable[
+        luthier.v1.models_pb2.GetModelCardRequest,
+        luthier.v1.models_pb2.GetModelCardResponse,
+    ],
+    default=grpc.UnaryUnaryMultiCallable[
+        luthier.v1.models_pb2.GetModelCardRequest,
+        luthier.v1.models_pb2.GetModelCardResponse,
+    ],
+)
+
+_ModelsGetModelLineageType = typing_extensions.TypeVar(
+    '_ModelsGetModelLineageType',
+    grpc.UnaryUnaryMultiCallable[
+        luthier.v1.models_pb2.GetModelLineageRequest,
+        luthier.v1.models_pb2.GetModelLineageResponse,
+    ],
+    grpc.aio.UnaryUnaryMultiCallable[
+        luthier.v1.models_pb2.GetModelLineageRequest,
+        luthier.v1.models_pb2.GetModelLineageResponse,
+    ],
+    default=grpc.UnaryUnaryMultiCallable[
+        luthier.v1.models_pb2.GetModelLineageRequest,
+        luthier.v1.models_pb2.GetModelLineageResponse,
+    ],
+)
+
+_ModelsExportModelType = typing_extensions.TypeVar(
+    '_ModelsExportModelType',
+    grpc.UnaryUnaryMultiCallable[
+        luthier.v1.models_pb2.ExportModelRequest,
+        luthier.v1.models_pb2.ExportModelResponse,
+    ],
+    grpc.aio.UnaryUnaryMultiCallable[
+        luthier.v1.models_pb2.ExportModelRequest,
+        luthier.v1.models_pb2.ExportModelResponse,
+    ],
+    default=grpc.UnaryUnaryMultiCallable[
+        luthier.v1.models_pb2.ExportModelRequest,
+        luthier.v1.models_pb2.ExportModelResponse,
+    ],
+)
+
+_ModelsGetExportType = typing_extensions.TypeVar(
+    '_ModelsGetExportType',
+    grpc.UnaryUnaryMultiCallable[
+        luthier.v1.models_pb2.GetExportRequest,
+        luthier.v1.models_pb2.GetExportResponse,
+    ],
+    grpc.aio.UnaryUnaryMultiCallable[
+        luthier.v1.models_pb2.GetExportRequest,
+        luthier.v1.models_pb2.GetExportResponse,
+    ],
+    default=grpc.UnaryUnaryMultiCallable[
+        luthier.v1.models_pb2.GetExportRequest,
+        luthier.v1.models_pb2.GetExportResponse,
+    ],
+)
+
+_ModelsListExportsType = typing_extensions.TypeVar(
+    '_ModelsListExportsType',
+    grpc.UnaryUnaryMultiCallable[
+        luthier.v1.models_pb2.ListExportsRequest,
+        luthier.v1.models_pb2.ListExportsResponse,
+    ],
+    grpc.aio.UnaryUnaryMultiCallable[
+        luthier.v1.models_pb2.ListExportsRequest,
+        luthier.v1.models_pb2.ListExportsResponse,
+    ],
+    default=grpc.UnaryUnaryMultiCallable[
+        luthier.v1.models_pb2.ListExportsRequest,
+        luthier.v1.models_pb2.ListExportsResponse,
+    ],
+)
+
+_ModelsDeleteExportType = typing_extensions.TypeVar(
+    '_ModelsDeleteExportType',
+    grpc.UnaryUnaryMultiCallable[
+        luthier.v1.models_pb2.DeleteExportRequest,
+        luthier.v1.models_pb2.DeleteExportResponse,
+    ],
+    grpc.aio.UnaryUnaryMultiCallable[
+        luthier.v1.models_pb2.DeleteExportRequest,
+        luthier.v1.models_pb2.DeleteExportResponse,
+    ],
+    default=grpc.UnaryUnaryMultiCallable[
+        luthier.v1.models_pb2.DeleteExportRequest,
+        luthier.v1.models_pb2.DeleteExportResponse,
+    ],
+)
+
+class ModelsStub(typing.Generic[_ModelsGetModelType, _ModelsListModelsType, _ModelsDownloadModelType, _ModelsUpdateModelType, _ModelsDeleteModelType, _ModelsRegisterModelType, _ModelsListModelNamesType, _ModelsSetModelAliasType, _ModelsRollbackModelAliasType, _ModelsDeleteModelAliasType, _ModelsGetModelCardType, _ModelsGetModelLineageType, _ModelsExportModelType, _ModelsGetExportType, _ModelsListExportsType, _ModelsDeleteExportType]):
+    """Models that jobs made. A `model_id` in a request is `model_...`, `name` (its newest version), `name@3` or
+    `name@production`.
+    """
 
     @typing.overload
     def __init__(self: ModelsStub[
@@ -89,6 +299,58 @@ class ModelsStub(typing.Generic[_ModelsGetModelType, _ModelsListModelsType, _Mod
         grpc.UnaryStreamMultiCallable[
             luthier.v1.models_pb2.DownloadModelRequest,
             luthier.v1.models_pb2.DownloadModelResponse,
+        ],
+        grpc.UnaryUnaryMultiCallable[
+            luthier.v1.models_pb2.UpdateModelRequest,
+            luthier.v1.models_pb2.UpdateModelResponse,
+        ],
+        grpc.UnaryUnaryMultiCallable[
+            luthier.v1.models_pb2.DeleteModelRequest,
+            luthier.v1.models_pb2.DeleteModelResponse,
+        ],
+        grpc.UnaryUnaryMultiCallable[
+            luthier.v1.models_pb2.RegisterModelRequest,
+            luthier.v1.models_pb2.RegisterModelResponse,
+        ],
+        grpc.UnaryUnaryMultiCallable[
+            luthier.v1.models_pb2.ListModelNamesRequest,
+            luthier.v1.models_pb2.ListModelNamesResponse,
+        ],
+        grpc.UnaryUnaryMultiCallable[
+            luthier.v1.models_pb2.SetModelAliasRequest,
+            luthier.v1.models_pb2.SetModelAliasResponse,
+        ],
+        grpc.UnaryUnaryMultiCallable[
+            luthier.v1.models_pb2.RollbackModelAliasRequest,
+            luthier.v1.models_pb2.RollbackModelAliasResponse,
+        ],
+        grpc.UnaryUnaryMultiCallable[
+            luthier.v1.models_pb2.DeleteModelAliasRequest,
+            luthier.v1.models_pb2.DeleteModelAliasResponse,
+        ],
+        grpc.UnaryUnaryMultiCallable[
+            luthier.v1.models_pb2.GetModelCardRequest,
+            luthier.v1.models_pb2.GetModelCardResponse,
+        ],
+        grpc.UnaryUnaryMultiCallable[
+            luthier.v1.models_pb2.GetModelLineageRequest,
+            luthier.v1.models_pb2.GetModelLineageResponse,
+        ],
+        grpc.UnaryUnaryMultiCallable[
+            luthier.v1.models_pb2.ExportModelRequest,
+            luthier.v1.models_pb2.ExportModelResponse,
+        ],
+        grpc.UnaryUnaryMultiCallable[
+            luthier.v1.models_pb2.GetExportRequest,
+            luthier.v1.models_pb2.GetExportResponse,
+        ],
+        grpc.UnaryUnaryMultiCallable[
+            luthier.v1.models_pb2.ListExportsRequest,
+            luthier.v1.models_pb2.ListExportsResponse,
+        ],
+        grpc.UnaryUnaryMultiCallable[
+            luthier.v1.models_pb2.DeleteExportRequest,
+            luthier.v1.models_pb2.DeleteExportResponse,
         ],
     ], channel: grpc.Channel) -> None: ...
 
@@ -106,6 +368,58 @@ class ModelsStub(typing.Generic[_ModelsGetModelType, _ModelsListModelsType, _Mod
             luthier.v1.models_pb2.DownloadModelRequest,
             luthier.v1.models_pb2.DownloadModelResponse,
         ],
+        grpc.aio.UnaryUnaryMultiCallable[
+            luthier.v1.models_pb2.UpdateModelRequest,
+            luthier.v1.models_pb2.UpdateModelResponse,
+        ],
+        grpc.aio.UnaryUnaryMultiCallable[
+            luthier.v1.models_pb2.DeleteModelRequest,
+            luthier.v1.models_pb2.DeleteModelResponse,
+        ],
+        grpc.aio.UnaryUnaryMultiCallable[
+            luthier.v1.models_pb2.RegisterModelRequest,
+            luthier.v1.models_pb2.RegisterModelResponse,
+        ],
+        grpc.aio.UnaryUnaryMultiCallable[
+            luthier.v1.models_pb2.ListModelNamesRequest,
+            luthier.v1.models_pb2.ListModelNamesResponse,
+        ],
+        grpc.aio.UnaryUnaryMultiCallable[
+            luthier.v1.models_pb2.SetModelAliasRequest,
+            luthier.v1.models_pb2.SetModelAliasResponse,
+        ],
+        grpc.aio.UnaryUnaryMultiCallable[
+            luthier.v1.models_pb2.RollbackModelAliasRequest,
+            luthier.v1.models_pb2.RollbackModelAliasResponse,
+        ],
+        grpc.aio.UnaryUnaryMultiCallable[
+            luthier.v1.models_pb2.DeleteModelAliasRequest,
+            luthier.v1.models_pb2.DeleteModelAliasResponse,
+        ],
+        grpc.aio.UnaryUnaryMultiCallable[
+            luthier.v1.models_pb2.GetModelCardRequest,
+            luthier.v1.models_pb2.GetModelCardResponse,
+        ],
+        grpc.aio.UnaryUnaryMultiCallable[
+            luthier.v1.models_pb2.GetModelLineageRequest,
+            luthier.v1.models_pb2.GetModelLineageResponse,
+        ],
+        grpc.aio.UnaryUnaryMultiCallable[
+            luthier.v1.models_pb2.ExportModelRequest,
+            luthier.v1.models_pb2.ExportModelResponse,
+        ],
+        grpc.aio.UnaryUnaryMultiCallable[
+            luthier.v1.models_pb2.GetExportRequest,
+            luthier.v1.models_pb2.GetExportResponse,
+        ],
+        grpc.aio.UnaryUnaryMultiCallable[
+            luthier.v1.models_pb2.ListExportsRequest,
+            luthier.v1.models_pb2.ListExportsResponse,
+        ],
+        grpc.aio.UnaryUnaryMultiCallable[
+            luthier.v1.models_pb2.DeleteExportRequest,
+            luthier.v1.models_pb2.DeleteExportResponse,
+        ],
     ], channel: grpc.aio.Channel) -> None: ...
 
     GetModel: _ModelsGetModelType
@@ -116,6 +430,45 @@ class ModelsStub(typing.Generic[_ModelsGetModelType, _ModelsListModelsType, _Mod
 
     DownloadModel: _ModelsDownloadModelType
     """Streams the files of a model or of a checkpoint: first the list, then each file's bytes in that order."""
+
+    UpdateModel: _ModelsUpdateModelType
+    """Changes a model's tags or description."""
+
+    DeleteModel: _ModelsDeleteModelType
+    """Deletes a model with its files. Refused while something depends on it."""
+
+    RegisterModel: _ModelsRegisterModelType
+    """Makes a model the next version of a name; a checkpoint becomes a model first."""
+
+    ListModelNames: _ModelsListModelNamesType
+    """Lists names with their versions and aliases, by name."""
+
+    SetModelAlias: _ModelsSetModelAliasType
+    """Points an alias of a name to one of its versions."""
+
+    RollbackModelAlias: _ModelsRollbackModelAliasType
+    """Points an alias to where it pointed before its last move."""
+
+    DeleteModelAlias: _ModelsDeleteModelAliasType
+    """Deletes an alias; the versions stay."""
+
+    GetModelCard: _ModelsGetModelCardType
+    """Writes a model's card, in Markdown."""
+
+    GetModelLineage: _ModelsGetModelLineageType
+    """Tells what a model was made of, and what was made of it."""
+
+    ExportModel: _ModelsExportModelType
+    """Creates a job that writes a model in the form that others load, and proves it. WatchJob follows it."""
+
+    GetExport: _ModelsGetExportType
+    """Returns an export."""
+
+    ListExports: _ModelsListExportsType
+    """Lists exports, newest first."""
+
+    DeleteExport: _ModelsDeleteExportType
+    """Deletes an export with its files; copies at destinations stay."""
 
 ModelsAsyncStub: typing_extensions.TypeAlias = ModelsStub[
     grpc.aio.UnaryUnaryMultiCallable[
@@ -130,10 +483,64 @@ ModelsAsyncStub: typing_extensions.TypeAlias = ModelsStub[
         luthier.v1.models_pb2.DownloadModelRequest,
         luthier.v1.models_pb2.DownloadModelResponse,
     ],
+    grpc.aio.UnaryUnaryMultiCallable[
+        luthier.v1.models_pb2.UpdateModelRequest,
+        luthier.v1.models_pb2.UpdateModelResponse,
+    ],
+    grpc.aio.UnaryUnaryMultiCallable[
+        luthier.v1.models_pb2.DeleteModelRequest,
+        luthier.v1.models_pb2.DeleteModelResponse,
+    ],
+    grpc.aio.UnaryUnaryMultiCallable[
+        luthier.v1.models_pb2.RegisterModelRequest,
+        luthier.v1.models_pb2.RegisterModelResponse,
+    ],
+    grpc.aio.UnaryUnaryMultiCallable[
+        luthier.v1.models_pb2.ListModelNamesRequest,
+        luthier.v1.models_pb2.ListModelNamesResponse,
+    ],
+    grpc.aio.UnaryUnaryMultiCallable[
+        luthier.v1.models_pb2.SetModelAliasRequest,
+        luthier.v1.models_pb2.SetModelAliasResponse,
+    ],
+    grpc.aio.UnaryUnaryMultiCallable[
+        luthier.v1.models_pb2.RollbackModelAliasRequest,
+        luthier.v1.models_pb2.RollbackModelAliasResponse,
+    ],
+    grpc.aio.UnaryUnaryMultiCallable[
+        luthier.v1.models_pb2.DeleteModelAliasRequest,
+        luthier.v1.models_pb2.DeleteModelAliasResponse,
+    ],
+    grpc.aio.UnaryUnaryMultiCallable[
+        luthier.v1.models_pb2.GetModelCardRequest,
+        luthier.v1.models_pb2.GetModelCardResponse,
+    ],
+    grpc.aio.UnaryUnaryMultiCallable[
+        luthier.v1.models_pb2.GetModelLineageRequest,
+        luthier.v1.models_pb2.GetModelLineageResponse,
+    ],
+    grpc.aio.UnaryUnaryMultiCallable[
+        luthier.v1.models_pb2.ExportModelRequest,
+        luthier.v1.models_pb2.ExportModelResponse,
+    ],
+    grpc.aio.UnaryUnaryMultiCallable[
+        luthier.v1.models_pb2.GetExportRequest,
+        luthier.v1.models_pb2.GetExportResponse,
+    ],
+    grpc.aio.UnaryUnaryMultiCallable[
+        luthier.v1.models_pb2.ListExportsRequest,
+        luthier.v1.models_pb2.ListExportsResponse,
+    ],
+    grpc.aio.UnaryUnaryMultiCallable[
+        luthier.v1.models_pb2.DeleteExportRequest,
+        luthier.v1.models_pb2.DeleteExportResponse,
+    ],
 ]
 
 class ModelsServicer(metaclass=abc.ABCMeta):
-    """Models that jobs made."""
+    """Models that jobs made. A `model_id` in a request is `model_...`, `name` (its newest version), `name@3` or
+    `name@production`.
+    """
 
     @abc.abstractmethod
     def GetModel(
@@ -158,5 +565,109 @@ class ModelsServicer(metaclass=abc.ABCMeta):
         context: _ServicerContext,
     ) -> typing.Union[collections.abc.Iterator[luthier.v1.models_pb2.DownloadModelResponse], collections.abc.AsyncIterator[luthier.v1.models_pb2.DownloadModelResponse]]:
         """Streams the files of a model or of a checkpoint: first the list, then each file's bytes in that order."""
+
+    @abc.abstractmethod
+    def UpdateModel(
+        self,
+        request: luthier.v1.models_pb2.UpdateModelRequest,
+        context: _ServicerContext,
+    ) -> typing.Union[luthier.v1.models_pb2.UpdateModelResponse, collections.abc.Awaitable[luthier.v1.models_pb2.UpdateModelResponse]]:
+        """Changes a model's tags or description."""
+
+    @abc.abstractmethod
+    def DeleteModel(
+        self,
+        request: luthier.v1.models_pb2.DeleteModelRequest,
+        context: _ServicerContext,
+    ) -> typing.Union[luthier.v1.models_pb2.DeleteModelResponse, collections.abc.Awaitable[luthier.v1.models_pb2.DeleteModelResponse]]:
+        """Deletes a model with its files. Refused while something depends on it."""
+
+    @abc.abstractmethod
+    def RegisterModel(
+        self,
+        request: luthier.v1.models_pb2.RegisterModelRequest,
+        context: _ServicerContext,
+    ) -> typing.Union[luthier.v1.models_pb2.RegisterModelResponse, collections.abc.Awaitable[luthier.v1.models_pb2.RegisterModelResponse]]:
+        """Makes a model the next version of a name; a checkpoint becomes a model first."""
+
+    @abc.abstractmethod
+    def ListModelNames(
+        self,
+        request: luthier.v1.models_pb2.ListModelNamesRequest,
+        context: _ServicerContext,
+    ) -> typing.Union[luthier.v1.models_pb2.ListModelNamesResponse, collections.abc.Awaitable[luthier.v1.models_pb2.ListModelNamesResponse]]:
+        """Lists names with their versions and aliases, by name."""
+
+    @abc.abstractmethod
+    def SetModelAlias(
+        self,
+        request: luthier.v1.models_pb2.SetModelAliasRequest,
+        context: _ServicerContext,
+    ) -> typing.Union[luthier.v1.models_pb2.SetModelAliasResponse, collections.abc.Awaitable[luthier.v1.models_pb2.SetModelAliasResponse]]:
+        """Points an alias of a name to one of its versions."""
+
+    @abc.abstractmethod
+    def RollbackModelAlias(
+        self,
+        request: luthier.v1.models_pb2.RollbackModelAliasRequest,
+        context: _ServicerContext,
+    ) -> typing.Union[luthier.v1.models_pb2.RollbackModelAliasResponse, collections.abc.Awaitable[luthier.v1.models_pb2.RollbackModelAliasResponse]]:
+        """Points an alias to where it pointed before its last move."""
+
+    @abc.abstractmethod
+    def DeleteModelAlias(
+        self,
+        request: luthier.v1.models_pb2.DeleteModelAliasRequest,
+        context: _ServicerContext,
+    ) -> typing.Union[luthier.v1.models_pb2.DeleteModelAliasResponse, collections.abc.Awaitable[luthier.v1.models_pb2.DeleteModelAliasResponse]]:
+        """Deletes an alias; the versions stay."""
+
+    @abc.abstractmethod
+    def GetModelCard(
+        self,
+        request: luthier.v1.models_pb2.GetModelCardRequest,
+        context: _ServicerContext,
+    ) -> typing.Union[luthier.v1.models_pb2.GetModelCardResponse, collections.abc.Awaitable[luthier.v1.models_pb2.GetModelCardResponse]]:
+        """Writes a model's card, in Markdown."""
+
+    @abc.abstractmethod
+    def GetModelLineage(
+        self,
+        request: luthier.v1.models_pb2.GetModelLineageRequest,
+        context: _ServicerContext,
+    ) -> typing.Union[luthier.v1.models_pb2.GetModelLineageResponse, collections.abc.Awaitable[luthier.v1.models_pb2.GetModelLineageResponse]]:
+        """Tells what a model was made of, and what was made of it."""
+
+    @abc.abstractmethod
+    def ExportModel(
+        self,
+        request: luthier.v1.models_pb2.ExportModelRequest,
+        context: _ServicerContext,
+    ) -> typing.Union[luthier.v1.models_pb2.ExportModelResponse, collections.abc.Awaitable[luthier.v1.models_pb2.ExportModelResponse]]:
+        """Creates a job that writes a model in the form that others load, and proves it. WatchJob follows it."""
+
+    @abc.abstractmethod
+    def GetExport(
+        self,
+        request: luthier.v1.models_pb2.GetExportRequest,
+        context: _ServicerContext,
+    ) -> typing.Union[luthier.v1.models_pb2.GetExportResponse, collections.abc.Awaitable[luthier.v1.models_pb2.GetExportResponse]]:
+        """Returns an export."""
+
+    @abc.abstractmethod
+    def ListExports(
+        self,
+        request: luthier.v1.models_pb2.ListExportsRequest,
+        context: _ServicerContext,
+    ) -> typing.Union[luthier.v1.models_pb2.ListExportsResponse, collections.abc.Awaitable[luthier.v1.models_pb2.ListExportsResponse]]:
+        """Lists exports, newest first."""
+
+    @abc.abstractmethod
+    def DeleteExport(
+        self,
+        request: luthier.v1.models_pb2.DeleteExportRequest,
+        context: _ServicerContext,
+    ) -> typing.Union[luthier.v1.models_pb2.DeleteExportResponse, collections.abc.Awaitable[luthier.v1.models_pb2.DeleteExportResponse]]:
+        """Deletes an export with its files; copies at destinations stay."""
 
 def add_ModelsServicer_to_server(servicer: ModelsServicer, server: typing.Union[grpc.Server, grpc.aio.Server]) -> None: ...

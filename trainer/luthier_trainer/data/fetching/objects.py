@@ -4,8 +4,10 @@ Credentials and endpoints are the operator's: obstore reads them from the enviro
 """
 
 import os
+from collections.abc import Mapping
 from datetime import timedelta
-from typing import TYPE_CHECKING
+from types import MappingProxyType
+from typing import TYPE_CHECKING, Any
 from urllib.parse import quote
 
 from luthier_trainer.data.fetching.output import Output
@@ -14,6 +16,8 @@ from luthier_trainer.data.fetching.request import FetchError, Request, too_large
 
 if TYPE_CHECKING:
     from obstore.store import AzureStore, ClientConfig, GCSStore, RetryConfig, S3Store
+
+    Store = S3Store | GCSStore | AzureStore
 
 SCHEMES = ("s3", "gs", "az")
 _CHUNK = 1 << 20
@@ -27,7 +31,7 @@ _ENDPOINTS = {
 def fetch(url: str, request: Request, output: Output, reports: Reports) -> str:
     """Copies the object that a URL names; returns its source, with its ETag. The library resumes a transfer that breaks
     off. Raises FetchError."""
-    scheme, bucket, key = _parts(url)
+    scheme, bucket, key = parts(url)
     if not any(_allows(entry, scheme, bucket, key) for entry in request.buckets):
         buckets = ", ".join(sorted(request.buckets)) or "none"
         raise FetchError(
@@ -39,7 +43,7 @@ def fetch(url: str, request: Request, output: Output, reports: Reports) -> str:
     from obstore.exceptions import BaseError
 
     try:
-        found = obstore.get(_store(scheme, bucket), key)
+        found = obstore.get(opened(scheme, bucket), key)
         size, etag = found.meta["size"], found.meta["e_tag"] or ""
         if size > request.max_bytes:
             raise too_large(request.max_bytes)
@@ -56,8 +60,8 @@ def fetch(url: str, request: Request, output: Output, reports: Reports) -> str:
     return f"{scheme}://{bucket}/{quote(key)}" + (f"#etag={etag}" if etag else "")
 
 
-def _parts(url: str) -> tuple[str, str, str]:
-    """Scheme, bucket and key; the key is taken as it stands, as `aws s3 cp` does."""
+def parts(url: str) -> tuple[str, str, str]:
+    """Scheme, bucket and key; the key is taken as it stands, as `aws s3 cp` does. Raises FetchError."""
     scheme, _, rest = url.partition("://")
     bucket, _, key = rest.partition("/")
     scheme = scheme.lower()
@@ -80,20 +84,23 @@ def _allows(entry: str, scheme: str, bucket: str, key: str) -> bool:
     return not prefix or f"{key}/".startswith(f"{prefix}/")
 
 
-def _store(scheme: str, bucket: str) -> "S3Store | GCSStore | AzureStore":
+def opened(scheme: str, bucket: str, settings: Mapping[str, str] = MappingProxyType({})) -> "Store":
+    """A bucket, to be read or written. settings: variables (`AWS_...`, `GOOGLE_...`, `AZURE_...`) that count before
+    those of the environment. Raises obstore's BaseError or ValueError for settings that it cannot use."""
     from obstore.store import AzureStore, GCSStore, S3Store
 
-    endpoint = next((os.environ[name] for name in _ENDPOINTS[scheme] if os.environ.get(name)), "")
+    endpoint = next((found for name in _ENDPOINTS[scheme] if (found := settings.get(name) or os.environ.get(name))), "")
     # No limit to the whole transfer: a stalled one ends by the read timeout.
     client: ClientConfig = {"connect_timeout": "10s", "read_timeout": "30s", "timeout": "7d", "user_agent": "luthier"}
     if endpoint.lower().startswith("http://"):
         client["allow_http"] = True
     retry: RetryConfig = {"max_retries": 5, "retry_timeout": timedelta(minutes=2)}
+    config: Any = {name.lower(): value for name, value in settings.items()}
     if scheme == "s3":
-        return S3Store(bucket, client_options=client, retry_config=retry)
+        return S3Store(bucket, config=config, client_options=client, retry_config=retry)
     if scheme == "gs":
-        return GCSStore(bucket, client_options=client, retry_config=retry)
-    return AzureStore(bucket, client_options=client, retry_config=retry)
+        return GCSStore(bucket, config=config, client_options=client, retry_config=retry)
+    return AzureStore(bucket, config=config, client_options=client, retry_config=retry)
 
 
 def _failed(error: Exception, scheme: str, bucket: str, key: str) -> FetchError:

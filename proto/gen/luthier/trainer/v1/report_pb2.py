@@ -24,10 +24,12 @@ _sym_db = _symbol_database.Default()
 
 from google.protobuf import timestamp_pb2 as google_dot_protobuf_dot_timestamp__pb2
 from luthier.v1 import event_pb2 as luthier_dot_v1_dot_event__pb2
+from luthier.v1 import export_proof_pb2 as luthier_dot_v1_dot_export__proof__pb2
 from luthier.v1 import job_pb2 as luthier_dot_v1_dot_job__pb2
+from luthier.v1 import model_pb2 as luthier_dot_v1_dot_model__pb2
 
 
-DESCRIPTOR = _descriptor_pool.Default().AddSerializedFile(b'\n\x1fluthier/trainer/v1/report.proto\x12\x12luthier.trainer.v1\x1a\x1fgoogle/protobuf/timestamp.proto\x1a\x16luthier/v1/event.proto\x1a\x14luthier/v1/job.proto\"\x95\x08\n\rTrainerReport\x12\x1a\n\x08sequence\x18\x01 \x01(\x03R\x08sequence\x12.\n\x04time\x18\x02 \x01(\x0b\x32\x1a.google.protobuf.TimestampR\x04time\x12\x37\n\x07started\x18\n \x01(\x0b\x32\x1b.luthier.trainer.v1.StartedH\x00R\x07started\x12?\n\rplan_resolved\x18\x0b \x01(\x0b\x32\x18.luthier.v1.PlanResolvedH\x00R\x0cplanResolved\x12H\n\x10phase_progressed\x18\x0c \x01(\x0b\x32\x1b.luthier.v1.PhaseProgressedH\x00R\x0fphaseProgressed\x12\x42\n\x0estep_completed\x18\r \x01(\x0b\x32\x19.luthier.v1.StepCompletedH\x00R\rstepCompleted\x12T\n\x14\x65valuation_completed\x18\x0e \x01(\x0b\x32\x1f.luthier.v1.EvaluationCompletedH\x00R\x13\x65valuationCompleted\x12K\n\x11samples_generated\x18\x0f \x01(\x0b\x32\x1c.luthier.v1.SamplesGeneratedH\x00R\x10samplesGenerated\x12H\n\x10\x63heckpoint_saved\x18\x10 \x01(\x0b\x32\x1b.luthier.v1.CheckpointSavedH\x00R\x0f\x63heckpointSaved\x12\x39\n\x0blog_emitted\x18\x11 \x01(\x0b\x32\x16.luthier.v1.LogEmittedH\x00R\nlogEmitted\x12=\n\theartbeat\x18\x12 \x01(\x0b\x32\x1d.luthier.trainer.v1.HeartbeatH\x00R\theartbeat\x12:\n\x08\x66inished\x18\x13 \x01(\x0b\x32\x1c.luthier.trainer.v1.FinishedH\x00R\x08\x66inished\x12\x34\n\x06\x66\x61iled\x18\x14 \x01(\x0b\x32\x1a.luthier.trainer.v1.FailedH\x00R\x06\x66\x61iled\x12\x37\n\x07stopped\x18\x15 \x01(\x0b\x32\x1b.luthier.trainer.v1.StoppedH\x00R\x07stopped\x12\x42\n\x0eresume_checked\x18\x16 \x01(\x0b\x32\x19.luthier.v1.ResumeCheckedH\x00R\rresumeChecked\x12O\n\x13learning_rate_found\x18\x17 \x01(\x0b\x32\x1d.luthier.v1.LearningRateFoundH\x00R\x11learningRateFoundB\t\n\x07payload\"g\n\x07Started\x12\x10\n\x03pid\x18\x01 \x01(\x03R\x03pid\x12*\n\x11resumed_from_step\x18\x02 \x01(\x03R\x0fresumedFromStep\x12\x1e\n\ncheckpoint\x18\x03 \x01(\tR\ncheckpoint\"\x0b\n\tHeartbeat\"\xbe\x01\n\x08\x46inished\x12\x12\n\x04step\x18\x01 \x01(\x03R\x04step\x12\x1d\n\nsize_bytes\x18\x02 \x01(\x03R\tsizeBytes\x12\x43\n\x07metrics\x18\x03 \x03(\x0b\x32).luthier.trainer.v1.Finished.MetricsEntryR\x07metrics\x1a:\n\x0cMetricsEntry\x12\x10\n\x03key\x18\x01 \x01(\tR\x03key\x12\x14\n\x05value\x18\x02 \x01(\x01R\x05value:\x02\x38\x01\"R\n\x06\x46\x61iled\x12*\n\x05\x65rror\x18\x01 \x01(\x0b\x32\x14.luthier.v1.JobErrorR\x05\x65rror\x12\x1c\n\tretryable\x18\x02 \x01(\x08R\tretryable\"=\n\x07Stopped\x12\x12\n\x04step\x18\x01 \x01(\x03R\x04step\x12\x1e\n\ncheckpoint\x18\x02 \x01(\tR\ncheckpoint\"\xe0\x02\n\x0bModelReport\x12\x14\n\x05\x66ound\x18\x01 \x01(\x08R\x05\x66ound\x12\x18\n\x07problem\x18\x02 \x01(\tR\x07problem\x12\x1c\n\tdirectory\x18\x03 \x01(\tR\tdirectory\x12\x1f\n\x0b\x61\x64\x61pter_dir\x18\x04 \x01(\tR\nadapterDir\x12\x15\n\x06is_hub\x18\x05 \x01(\x08R\x05isHub\x12!\n\x0cmodule_names\x18\x06 \x03(\tR\x0bmoduleNames\x12#\n\rmax_positions\x18\x07 \x01(\x03R\x0cmaxPositions\x12#\n\rbase_location\x18\x08 \x01(\tR\x0c\x62\x61seLocation\x12\x1f\n\x0bhidden_size\x18\t \x01(\x03R\nhiddenSize\x12\x1d\n\nmodel_type\x18\n \x01(\tR\tmodelType\x12\x1e\n\nparameters\x18\x0b \x01(\x03R\nparametersb\x06proto3')
+DESCRIPTOR = _descriptor_pool.Default().AddSerializedFile(b'\n\x1fluthier/trainer/v1/report.proto\x12\x12luthier.trainer.v1\x1a\x1fgoogle/protobuf/timestamp.proto\x1a\x16luthier/v1/event.proto\x1a\x1dluthier/v1/export_proof.proto\x1a\x14luthier/v1/job.proto\x1a\x16luthier/v1/model.proto\"\xd6\x08\n\rTrainerReport\x12\x1a\n\x08sequence\x18\x01 \x01(\x03R\x08sequence\x12.\n\x04time\x18\x02 \x01(\x0b\x32\x1a.google.protobuf.TimestampR\x04time\x12\x37\n\x07started\x18\n \x01(\x0b\x32\x1b.luthier.trainer.v1.StartedH\x00R\x07started\x12?\n\rplan_resolved\x18\x0b \x01(\x0b\x32\x18.luthier.v1.PlanResolvedH\x00R\x0cplanResolved\x12H\n\x10phase_progressed\x18\x0c \x01(\x0b\x32\x1b.luthier.v1.PhaseProgressedH\x00R\x0fphaseProgressed\x12\x42\n\x0estep_completed\x18\r \x01(\x0b\x32\x19.luthier.v1.StepCompletedH\x00R\rstepCompleted\x12T\n\x14\x65valuation_completed\x18\x0e \x01(\x0b\x32\x1f.luthier.v1.EvaluationCompletedH\x00R\x13\x65valuationCompleted\x12K\n\x11samples_generated\x18\x0f \x01(\x0b\x32\x1c.luthier.v1.SamplesGeneratedH\x00R\x10samplesGenerated\x12H\n\x10\x63heckpoint_saved\x18\x10 \x01(\x0b\x32\x1b.luthier.v1.CheckpointSavedH\x00R\x0f\x63heckpointSaved\x12\x39\n\x0blog_emitted\x18\x11 \x01(\x0b\x32\x16.luthier.v1.LogEmittedH\x00R\nlogEmitted\x12=\n\theartbeat\x18\x12 \x01(\x0b\x32\x1d.luthier.trainer.v1.HeartbeatH\x00R\theartbeat\x12:\n\x08\x66inished\x18\x13 \x01(\x0b\x32\x1c.luthier.trainer.v1.FinishedH\x00R\x08\x66inished\x12\x34\n\x06\x66\x61iled\x18\x14 \x01(\x0b\x32\x1a.luthier.trainer.v1.FailedH\x00R\x06\x66\x61iled\x12\x37\n\x07stopped\x18\x15 \x01(\x0b\x32\x1b.luthier.trainer.v1.StoppedH\x00R\x07stopped\x12\x42\n\x0eresume_checked\x18\x16 \x01(\x0b\x32\x19.luthier.v1.ResumeCheckedH\x00R\rresumeChecked\x12O\n\x13learning_rate_found\x18\x17 \x01(\x0b\x32\x1d.luthier.v1.LearningRateFoundH\x00R\x11learningRateFound\x12?\n\rexport_proven\x18\x18 \x01(\x0b\x32\x18.luthier.v1.ExportProvenH\x00R\x0c\x65xportProvenB\t\n\x07payload\"g\n\x07Started\x12\x10\n\x03pid\x18\x01 \x01(\x03R\x03pid\x12*\n\x11resumed_from_step\x18\x02 \x01(\x03R\x0fresumedFromStep\x12\x1e\n\ncheckpoint\x18\x03 \x01(\tR\ncheckpoint\"\x0b\n\tHeartbeat\"\x8b\x03\n\x08\x46inished\x12\x12\n\x04step\x18\x01 \x01(\x03R\x04step\x12\x1d\n\nsize_bytes\x18\x02 \x01(\x03R\tsizeBytes\x12\x43\n\x07metrics\x18\x03 \x03(\x0b\x32).luthier.trainer.v1.Finished.MetricsEntryR\x07metrics\x12+\n\x05\x66iles\x18\x04 \x03(\x0b\x32\x15.luthier.v1.ModelFileR\x05\x66iles\x12-\n\x05proof\x18\x05 \x01(\x0b\x32\x17.luthier.v1.ExportProofR\x05proof\x12\'\n\x0f\x64\x65stination_uri\x18\x06 \x01(\tR\x0e\x64\x65stinationUri\x12!\n\x0c\x62\x61se_licence\x18\x07 \x01(\tR\x0b\x62\x61seLicence\x12#\n\rbase_revision\x18\x08 \x01(\tR\x0c\x62\x61seRevision\x1a:\n\x0cMetricsEntry\x12\x10\n\x03key\x18\x01 \x01(\tR\x03key\x12\x14\n\x05value\x18\x02 \x01(\x01R\x05value:\x02\x38\x01\"R\n\x06\x46\x61iled\x12*\n\x05\x65rror\x18\x01 \x01(\x0b\x32\x14.luthier.v1.JobErrorR\x05\x65rror\x12\x1c\n\tretryable\x18\x02 \x01(\x08R\tretryable\"=\n\x07Stopped\x12\x12\n\x04step\x18\x01 \x01(\x03R\x04step\x12\x1e\n\ncheckpoint\x18\x02 \x01(\tR\ncheckpoint\"\xe0\x02\n\x0bModelReport\x12\x14\n\x05\x66ound\x18\x01 \x01(\x08R\x05\x66ound\x12\x18\n\x07problem\x18\x02 \x01(\tR\x07problem\x12\x1c\n\tdirectory\x18\x03 \x01(\tR\tdirectory\x12\x1f\n\x0b\x61\x64\x61pter_dir\x18\x04 \x01(\tR\nadapterDir\x12\x15\n\x06is_hub\x18\x05 \x01(\x08R\x05isHub\x12!\n\x0cmodule_names\x18\x06 \x03(\tR\x0bmoduleNames\x12#\n\rmax_positions\x18\x07 \x01(\x03R\x0cmaxPositions\x12#\n\rbase_location\x18\x08 \x01(\tR\x0c\x62\x61seLocation\x12\x1f\n\x0bhidden_size\x18\t \x01(\x03R\nhiddenSize\x12\x1d\n\nmodel_type\x18\n \x01(\tR\tmodelType\x12\x1e\n\nparameters\x18\x0b \x01(\x03R\nparametersb\x06proto3')
 
 _globals = globals()
 _builder.BuildMessageAndEnumDescriptors(DESCRIPTOR, _globals)
@@ -36,20 +38,20 @@ if not _descriptor._USE_C_DESCRIPTORS:
   DESCRIPTOR._loaded_options = None
   _globals['_FINISHED_METRICSENTRY']._loaded_options = None
   _globals['_FINISHED_METRICSENTRY']._serialized_options = b'8\001'
-  _globals['_TRAINERREPORT']._serialized_start=135
-  _globals['_TRAINERREPORT']._serialized_end=1180
-  _globals['_STARTED']._serialized_start=1182
-  _globals['_STARTED']._serialized_end=1285
-  _globals['_HEARTBEAT']._serialized_start=1287
-  _globals['_HEARTBEAT']._serialized_end=1298
-  _globals['_FINISHED']._serialized_start=1301
-  _globals['_FINISHED']._serialized_end=1491
-  _globals['_FINISHED_METRICSENTRY']._serialized_start=1433
-  _globals['_FINISHED_METRICSENTRY']._serialized_end=1491
-  _globals['_FAILED']._serialized_start=1493
-  _globals['_FAILED']._serialized_end=1575
-  _globals['_STOPPED']._serialized_start=1577
-  _globals['_STOPPED']._serialized_end=1638
-  _globals['_MODELREPORT']._serialized_start=1641
-  _globals['_MODELREPORT']._serialized_end=1993
+  _globals['_TRAINERREPORT']._serialized_start=190
+  _globals['_TRAINERREPORT']._serialized_end=1300
+  _globals['_STARTED']._serialized_start=1302
+  _globals['_STARTED']._serialized_end=1405
+  _globals['_HEARTBEAT']._serialized_start=1407
+  _globals['_HEARTBEAT']._serialized_end=1418
+  _globals['_FINISHED']._serialized_start=1421
+  _globals['_FINISHED']._serialized_end=1816
+  _globals['_FINISHED_METRICSENTRY']._serialized_start=1758
+  _globals['_FINISHED_METRICSENTRY']._serialized_end=1816
+  _globals['_FAILED']._serialized_start=1818
+  _globals['_FAILED']._serialized_end=1900
+  _globals['_STOPPED']._serialized_start=1902
+  _globals['_STOPPED']._serialized_end=1963
+  _globals['_MODELREPORT']._serialized_start=1966
+  _globals['_MODELREPORT']._serialized_end=2318
 # @@protoc_insertion_point(module_scope)

@@ -10,7 +10,9 @@ import google.protobuf.internal.containers
 import google.protobuf.message
 import google.protobuf.timestamp_pb2
 import luthier.v1.event_pb2
+import luthier.v1.export_proof_pb2
 import luthier.v1.job_pb2
+import luthier.v1.model_pb2
 import sys
 import typing
 
@@ -43,6 +45,7 @@ class TrainerReport(google.protobuf.message.Message):
     STOPPED_FIELD_NUMBER: builtins.int
     RESUME_CHECKED_FIELD_NUMBER: builtins.int
     LEARNING_RATE_FOUND_FIELD_NUMBER: builtins.int
+    EXPORT_PROVEN_FIELD_NUMBER: builtins.int
     sequence: builtins.int
     """Dense from 1 per attempt."""
     @property
@@ -105,6 +108,10 @@ class TrainerReport(google.protobuf.message.Message):
     def learning_rate_found(self) -> luthier.v1.event_pb2.LearningRateFound:
         """A range test found the learning rate."""
 
+    @property
+    def export_proven(self) -> luthier.v1.event_pb2.ExportProven:
+        """An export was compared with the tuned model."""
+
     def __init__(
         self,
         *,
@@ -124,10 +131,11 @@ class TrainerReport(google.protobuf.message.Message):
         stopped: Global___Stopped | None = ...,
         resume_checked: luthier.v1.event_pb2.ResumeChecked | None = ...,
         learning_rate_found: luthier.v1.event_pb2.LearningRateFound | None = ...,
+        export_proven: luthier.v1.event_pb2.ExportProven | None = ...,
     ) -> None: ...
-    def HasField(self, field_name: typing.Literal["checkpoint_saved", b"checkpoint_saved", "evaluation_completed", b"evaluation_completed", "failed", b"failed", "finished", b"finished", "heartbeat", b"heartbeat", "learning_rate_found", b"learning_rate_found", "log_emitted", b"log_emitted", "payload", b"payload", "phase_progressed", b"phase_progressed", "plan_resolved", b"plan_resolved", "resume_checked", b"resume_checked", "samples_generated", b"samples_generated", "started", b"started", "step_completed", b"step_completed", "stopped", b"stopped", "time", b"time"]) -> builtins.bool: ...
-    def ClearField(self, field_name: typing.Literal["checkpoint_saved", b"checkpoint_saved", "evaluation_completed", b"evaluation_completed", "failed", b"failed", "finished", b"finished", "heartbeat", b"heartbeat", "learning_rate_found", b"learning_rate_found", "log_emitted", b"log_emitted", "payload", b"payload", "phase_progressed", b"phase_progressed", "plan_resolved", b"plan_resolved", "resume_checked", b"resume_checked", "samples_generated", b"samples_generated", "sequence", b"sequence", "started", b"started", "step_completed", b"step_completed", "stopped", b"stopped", "time", b"time"]) -> None: ...
-    def WhichOneof(self, oneof_group: typing.Literal["payload", b"payload"]) -> typing.Literal["started", "plan_resolved", "phase_progressed", "step_completed", "evaluation_completed", "samples_generated", "checkpoint_saved", "log_emitted", "heartbeat", "finished", "failed", "stopped", "resume_checked", "learning_rate_found"] | None: ...
+    def HasField(self, field_name: typing.Literal["checkpoint_saved", b"checkpoint_saved", "evaluation_completed", b"evaluation_completed", "export_proven", b"export_proven", "failed", b"failed", "finished", b"finished", "heartbeat", b"heartbeat", "learning_rate_found", b"learning_rate_found", "log_emitted", b"log_emitted", "payload", b"payload", "phase_progressed", b"phase_progressed", "plan_resolved", b"plan_resolved", "resume_checked", b"resume_checked", "samples_generated", b"samples_generated", "started", b"started", "step_completed", b"step_completed", "stopped", b"stopped", "time", b"time"]) -> builtins.bool: ...
+    def ClearField(self, field_name: typing.Literal["checkpoint_saved", b"checkpoint_saved", "evaluation_completed", b"evaluation_completed", "export_proven", b"export_proven", "failed", b"failed", "finished", b"finished", "heartbeat", b"heartbeat", "learning_rate_found", b"learning_rate_found", "log_emitted", b"log_emitted", "payload", b"payload", "phase_progressed", b"phase_progressed", "plan_resolved", b"plan_resolved", "resume_checked", b"resume_checked", "samples_generated", b"samples_generated", "sequence", b"sequence", "started", b"started", "step_completed", b"step_completed", "stopped", b"stopped", "time", b"time"]) -> None: ...
+    def WhichOneof(self, oneof_group: typing.Literal["payload", b"payload"]) -> typing.Literal["started", "plan_resolved", "phase_progressed", "step_completed", "evaluation_completed", "samples_generated", "checkpoint_saved", "log_emitted", "heartbeat", "finished", "failed", "stopped", "resume_checked", "learning_rate_found", "export_proven"] | None: ...
 
 Global___TrainerReport: typing_extensions.TypeAlias = TrainerReport
 
@@ -194,13 +202,32 @@ class Finished(google.protobuf.message.Message):
     STEP_FIELD_NUMBER: builtins.int
     SIZE_BYTES_FIELD_NUMBER: builtins.int
     METRICS_FIELD_NUMBER: builtins.int
+    FILES_FIELD_NUMBER: builtins.int
+    PROOF_FIELD_NUMBER: builtins.int
+    DESTINATION_URI_FIELD_NUMBER: builtins.int
+    BASE_LICENCE_FIELD_NUMBER: builtins.int
+    BASE_REVISION_FIELD_NUMBER: builtins.int
     step: builtins.int
     """The step whose weights it holds: the last one, or with checkpoints.keep_best the best."""
     size_bytes: builtins.int
     """Bytes of all files."""
+    destination_uri: builtins.str
+    """Of an export: where the copy went; empty for nowhere."""
+    base_licence: builtins.str
+    """The licence of the base model, as its own files tell; empty when they do not."""
+    base_revision: builtins.str
+    """The revision of the base model, where it came from a hub; empty when unknown."""
     @property
     def metrics(self) -> google.protobuf.internal.containers.ScalarMap[builtins.str, builtins.float]:
         """Final numbers by name."""
+
+    @property
+    def files(self) -> google.protobuf.internal.containers.RepeatedCompositeFieldContainer[luthier.v1.model_pb2.ModelFile]:
+        """Of an export: its files."""
+
+    @property
+    def proof(self) -> luthier.v1.export_proof_pb2.ExportProof:
+        """Of an export: how it was proven."""
 
     def __init__(
         self,
@@ -208,8 +235,14 @@ class Finished(google.protobuf.message.Message):
         step: builtins.int = ...,
         size_bytes: builtins.int = ...,
         metrics: collections.abc.Mapping[builtins.str, builtins.float] | None = ...,
+        files: collections.abc.Iterable[luthier.v1.model_pb2.ModelFile] | None = ...,
+        proof: luthier.v1.export_proof_pb2.ExportProof | None = ...,
+        destination_uri: builtins.str = ...,
+        base_licence: builtins.str = ...,
+        base_revision: builtins.str = ...,
     ) -> None: ...
-    def ClearField(self, field_name: typing.Literal["metrics", b"metrics", "size_bytes", b"size_bytes", "step", b"step"]) -> None: ...
+    def HasField(self, field_name: typing.Literal["proof", b"proof"]) -> builtins.bool: ...
+    def ClearField(self, field_name: typing.Literal["base_licence", b"base_licence", "base_revision", b"base_revision", "destination_uri", b"destination_uri", "files", b"files", "metrics", b"metrics", "proof", b"proof", "size_bytes", b"size_bytes", "step", b"step"]) -> None: ...
 
 Global___Finished: typing_extensions.TypeAlias = Finished
 

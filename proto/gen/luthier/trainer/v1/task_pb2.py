@@ -29,33 +29,35 @@ from luthier.v1 import estimate_pb2 as luthier_dot_v1_dot_estimate__pb2
 from luthier.v1 import job_pb2 as luthier_dot_v1_dot_job__pb2
 
 
-DESCRIPTOR = _descriptor_pool.Default().AddSerializedFile(b'\n\x1dluthier/trainer/v1/task.proto\x12\x12luthier.trainer.v1\x1a\x1fgoogle/protobuf/timestamp.proto\x1a\x18luthier/v1/dataset.proto\x1a\x19luthier/v1/datasets.proto\x1a\x19luthier/v1/estimate.proto\x1a\x14luthier/v1/job.proto\"\x8f\x08\n\x0bTrainerTask\x12\x15\n\x06job_id\x18\x01 \x01(\tR\x05jobId\x12\x18\n\x07\x61ttempt\x18\x02 \x01(\x05R\x07\x61ttempt\x12\'\n\x04spec\x18\x03 \x01(\x0b\x32\x13.luthier.v1.JobSpecR\x04spec\x12\x42\n\nbase_model\x18\x04 \x01(\x0b\x32#.luthier.trainer.v1.BaseModelSourceR\tbaseModel\x12L\n\x10training_dataset\x18\x05 \x01(\x0b\x32!.luthier.trainer.v1.DatasetSourceR\x0ftrainingDataset\x12P\n\x12validation_dataset\x18\x06 \x01(\x0b\x32!.luthier.trainer.v1.DatasetSourceR\x11validationDataset\x12\'\n\x0f\x63heckpoints_dir\x18\x07 \x01(\tR\x0e\x63heckpointsDir\x12\x1b\n\tmodel_dir\x18\x08 \x01(\tR\x08modelDir\x12\x1b\n\tcache_dir\x18\t \x01(\tR\x08\x63\x61\x63heDir\x12\x1f\n\x0bresume_from\x18\n \x01(\tR\nresumeFrom\x12\x18\n\x07threads\x18\x0b \x01(\x05R\x07threads\x12!\n\x0c\x63uda_devices\x18\x0c \x03(\x05R\x0b\x63udaDevices\x12\x1f\n\x0bwake_socket\x18\r \x01(\tR\nwakeSocket\x12+\n\x11heartbeat_seconds\x18\x0e \x01(\x01R\x10heartbeatSeconds\x12\x19\n\x08model_id\x18\x0f \x01(\tR\x07modelId\x12\'\n\x0f\x63omputed_tokens\x18\x10 \x01(\x03R\x0e\x63omputedTokens\x12\x32\n\x06puppet\x18\x11 \x01(\x0b\x32\x1a.luthier.trainer.v1.PuppetR\x06puppet\x12)\n\x10resume_fallbacks\x18\x12 \x03(\tR\x0fresumeFallbacks\x12&\n\x0f\x63\x61\x63he_max_bytes\x18\x13 \x01(\x03R\rcacheMaxBytes\x12;\n\x07preview\x18\x14 \x01(\x0b\x32\x1f.luthier.trainer.v1.PreviewWorkH\x00R\x07preview\x12\x35\n\x05\x63heck\x18\x15 \x01(\x0b\x32\x1d.luthier.trainer.v1.CheckWorkH\x00R\x05\x63heck\x12>\n\x08\x65stimate\x18\x16 \x01(\x0b\x32 .luthier.trainer.v1.EstimateWorkH\x00R\x08\x65stimate\x12,\n\x12memory_limit_bytes\x18\x17 \x01(\x03R\x10memoryLimitBytesB\x06\n\x04work\"9\n\x0bPreviewWork\x12\x14\n\x05\x63ount\x18\x01 \x01(\x05R\x05\x63ount\x12\x14\n\x05lines\x18\x02 \x03(\x03R\x05lines\"\x0b\n\tCheckWork\"b\n\x0c\x45stimateWork\x12\x14\n\x05probe\x18\x01 \x01(\x08R\x05probe\x12\x1b\n\tknown_mfu\x18\x02 \x01(\x01R\x08knownMfu\x12\x1f\n\x0bmemory_only\x18\x03 \x01(\x08R\nmemoryOnly\"\xed\x01\n\nDataAnswer\x12>\n\x07preview\x18\x01 \x01(\x0b\x32\".luthier.v1.PreviewDatasetResponseH\x00R\x07preview\x12\x30\n\x05\x63heck\x18\x02 \x01(\x0b\x32\x18.luthier.v1.TokenReportsH\x00R\x05\x63heck\x12,\n\x05\x65rror\x18\x03 \x01(\x0b\x32\x14.luthier.v1.JobErrorH\x00R\x05\x65rror\x12\x35\n\x08\x65stimate\x18\x04 \x01(\x0b\x32\x17.luthier.v1.JobEstimateH\x00R\x08\x65stimateB\x08\n\x06\x61nswer\"\x81\x01\n\x0f\x42\x61seModelSource\x12\x1a\n\x08location\x18\x01 \x01(\tR\x08location\x12\x15\n\x06is_hub\x18\x02 \x01(\x08R\x05isHub\x12\x1a\n\x08revision\x18\x03 \x01(\tR\x08revision\x12\x1f\n\x0b\x61\x64\x61pter_dir\x18\x04 \x01(\tR\nadapterDir\"\xa9\x01\n\rDatasetSource\x12\x12\n\x04path\x18\x01 \x01(\tR\x04path\x12\x0e\n\x02id\x18\x02 \x01(\tR\x02id\x12\x12\n\x04name\x18\x03 \x01(\tR\x04name\x12\x16\n\x06sha256\x18\x04 \x01(\tR\x06sha256\x12\x12\n\x04rows\x18\x05 \x01(\x03R\x04rows\x12\x34\n\x07reading\x18\x06 \x01(\x0b\x32\x1a.luthier.v1.DatasetReadingR\x07reading\"\xa4\x01\n\x06Puppet\x12\x14\n\x05steps\x18\x01 \x01(\x03R\x05steps\x12!\n\x0cstep_seconds\x18\x02 \x01(\x01R\x0bstepSeconds\x12 \n\x0c\x66\x61il_at_step\x18\x03 \x01(\x03R\nfailAtStep\x12\x1a\n\x08stubborn\x18\x04 \x01(\x08R\x08stubborn\x12#\n\rpadding_bytes\x18\x05 \x01(\x05R\x0cpaddingBytes\"K\n\x0eTrainerControl\x12\x39\n\x06\x61\x63tion\x18\x01 \x01(\x0e\x32!.luthier.trainer.v1.ControlActionR\x06\x61\x63tion\"i\n\x0bTrainerExit\x12\x12\n\x04\x63ode\x18\x01 \x01(\x05R\x04\x63ode\x12\x16\n\x06signal\x18\x02 \x01(\x05R\x06signal\x12.\n\x04time\x18\x03 \x01(\x0b\x32\x1a.google.protobuf.TimestampR\x04time*\x80\x01\n\rControlAction\x12\x1e\n\x1a\x43ONTROL_ACTION_UNSPECIFIED\x10\x00\x12\x19\n\x15\x43ONTROL_ACTION_CANCEL\x10\x01\x12\x18\n\x14\x43ONTROL_ACTION_PAUSE\x10\x02\x12\x1a\n\x16\x43ONTROL_ACTION_PREEMPT\x10\x03\x62\x06proto3')
+DESCRIPTOR = _descriptor_pool.Default().AddSerializedFile(b'\n\x1dluthier/trainer/v1/task.proto\x12\x12luthier.trainer.v1\x1a\x1fgoogle/protobuf/timestamp.proto\x1a\x18luthier/v1/dataset.proto\x1a\x19luthier/v1/datasets.proto\x1a\x19luthier/v1/estimate.proto\x1a\x14luthier/v1/job.proto\"\xc7\x08\n\x0bTrainerTask\x12\x15\n\x06job_id\x18\x01 \x01(\tR\x05jobId\x12\x18\n\x07\x61ttempt\x18\x02 \x01(\x05R\x07\x61ttempt\x12\'\n\x04spec\x18\x03 \x01(\x0b\x32\x13.luthier.v1.JobSpecR\x04spec\x12\x42\n\nbase_model\x18\x04 \x01(\x0b\x32#.luthier.trainer.v1.BaseModelSourceR\tbaseModel\x12L\n\x10training_dataset\x18\x05 \x01(\x0b\x32!.luthier.trainer.v1.DatasetSourceR\x0ftrainingDataset\x12P\n\x12validation_dataset\x18\x06 \x01(\x0b\x32!.luthier.trainer.v1.DatasetSourceR\x11validationDataset\x12\'\n\x0f\x63heckpoints_dir\x18\x07 \x01(\tR\x0e\x63heckpointsDir\x12\x1b\n\tmodel_dir\x18\x08 \x01(\tR\x08modelDir\x12\x1b\n\tcache_dir\x18\t \x01(\tR\x08\x63\x61\x63heDir\x12\x1f\n\x0bresume_from\x18\n \x01(\tR\nresumeFrom\x12\x18\n\x07threads\x18\x0b \x01(\x05R\x07threads\x12!\n\x0c\x63uda_devices\x18\x0c \x03(\x05R\x0b\x63udaDevices\x12\x1f\n\x0bwake_socket\x18\r \x01(\tR\nwakeSocket\x12+\n\x11heartbeat_seconds\x18\x0e \x01(\x01R\x10heartbeatSeconds\x12\x19\n\x08model_id\x18\x0f \x01(\tR\x07modelId\x12\'\n\x0f\x63omputed_tokens\x18\x10 \x01(\x03R\x0e\x63omputedTokens\x12\x32\n\x06puppet\x18\x11 \x01(\x0b\x32\x1a.luthier.trainer.v1.PuppetR\x06puppet\x12)\n\x10resume_fallbacks\x18\x12 \x03(\tR\x0fresumeFallbacks\x12&\n\x0f\x63\x61\x63he_max_bytes\x18\x13 \x01(\x03R\rcacheMaxBytes\x12;\n\x07preview\x18\x14 \x01(\x0b\x32\x1f.luthier.trainer.v1.PreviewWorkH\x00R\x07preview\x12\x35\n\x05\x63heck\x18\x15 \x01(\x0b\x32\x1d.luthier.trainer.v1.CheckWorkH\x00R\x05\x63heck\x12>\n\x08\x65stimate\x18\x16 \x01(\x0b\x32 .luthier.trainer.v1.EstimateWorkH\x00R\x08\x65stimate\x12,\n\x12memory_limit_bytes\x18\x17 \x01(\x03R\x10memoryLimitBytes\x12\x36\n\x06\x65xport\x18\x19 \x01(\x0b\x32\x1e.luthier.trainer.v1.ExportWorkR\x06\x65xportB\x06\n\x04work\"\xad\x02\n\nExportWork\x12\x1b\n\tmodel_dir\x18\x01 \x01(\tR\x08modelDir\x12\x19\n\x08model_id\x18\x02 \x01(\tR\x07modelId\x12\x1d\n\noutput_dir\x18\x03 \x01(\tR\toutputDir\x12\x1b\n\texport_id\x18\x04 \x01(\tR\x08\x65xportId\x12\x46\n\rproof_dataset\x18\x05 \x01(\x0b\x32!.luthier.trainer.v1.DatasetSourceR\x0cproofDataset\x12\x12\n\x04\x63\x61rd\x18\x06 \x01(\tR\x04\x63\x61rd\x12\"\n\rllama_cpp_dir\x18\x07 \x01(\tR\x0bllamaCppDir\x12+\n\x11\x64\x65stination_roots\x18\x08 \x03(\tR\x10\x64\x65stinationRoots\"9\n\x0bPreviewWork\x12\x14\n\x05\x63ount\x18\x01 \x01(\x05R\x05\x63ount\x12\x14\n\x05lines\x18\x02 \x03(\x03R\x05lines\"\x0b\n\tCheckWork\"b\n\x0c\x45stimateWork\x12\x14\n\x05probe\x18\x01 \x01(\x08R\x05probe\x12\x1b\n\tknown_mfu\x18\x02 \x01(\x01R\x08knownMfu\x12\x1f\n\x0bmemory_only\x18\x03 \x01(\x08R\nmemoryOnly\"\xed\x01\n\nDataAnswer\x12>\n\x07preview\x18\x01 \x01(\x0b\x32\".luthier.v1.PreviewDatasetResponseH\x00R\x07preview\x12\x30\n\x05\x63heck\x18\x02 \x01(\x0b\x32\x18.luthier.v1.TokenReportsH\x00R\x05\x63heck\x12,\n\x05\x65rror\x18\x03 \x01(\x0b\x32\x14.luthier.v1.JobErrorH\x00R\x05\x65rror\x12\x35\n\x08\x65stimate\x18\x04 \x01(\x0b\x32\x17.luthier.v1.JobEstimateH\x00R\x08\x65stimateB\x08\n\x06\x61nswer\"\x81\x01\n\x0f\x42\x61seModelSource\x12\x1a\n\x08location\x18\x01 \x01(\tR\x08location\x12\x15\n\x06is_hub\x18\x02 \x01(\x08R\x05isHub\x12\x1a\n\x08revision\x18\x03 \x01(\tR\x08revision\x12\x1f\n\x0b\x61\x64\x61pter_dir\x18\x04 \x01(\tR\nadapterDir\"\xa9\x01\n\rDatasetSource\x12\x12\n\x04path\x18\x01 \x01(\tR\x04path\x12\x0e\n\x02id\x18\x02 \x01(\tR\x02id\x12\x12\n\x04name\x18\x03 \x01(\tR\x04name\x12\x16\n\x06sha256\x18\x04 \x01(\tR\x06sha256\x12\x12\n\x04rows\x18\x05 \x01(\x03R\x04rows\x12\x34\n\x07reading\x18\x06 \x01(\x0b\x32\x1a.luthier.v1.DatasetReadingR\x07reading\"\xa4\x01\n\x06Puppet\x12\x14\n\x05steps\x18\x01 \x01(\x03R\x05steps\x12!\n\x0cstep_seconds\x18\x02 \x01(\x01R\x0bstepSeconds\x12 \n\x0c\x66\x61il_at_step\x18\x03 \x01(\x03R\nfailAtStep\x12\x1a\n\x08stubborn\x18\x04 \x01(\x08R\x08stubborn\x12#\n\rpadding_bytes\x18\x05 \x01(\x05R\x0cpaddingBytes\"K\n\x0eTrainerControl\x12\x39\n\x06\x61\x63tion\x18\x01 \x01(\x0e\x32!.luthier.trainer.v1.ControlActionR\x06\x61\x63tion\"i\n\x0bTrainerExit\x12\x12\n\x04\x63ode\x18\x01 \x01(\x05R\x04\x63ode\x12\x16\n\x06signal\x18\x02 \x01(\x05R\x06signal\x12.\n\x04time\x18\x03 \x01(\x0b\x32\x1a.google.protobuf.TimestampR\x04time*\x80\x01\n\rControlAction\x12\x1e\n\x1a\x43ONTROL_ACTION_UNSPECIFIED\x10\x00\x12\x19\n\x15\x43ONTROL_ACTION_CANCEL\x10\x01\x12\x18\n\x14\x43ONTROL_ACTION_PAUSE\x10\x02\x12\x1a\n\x16\x43ONTROL_ACTION_PREEMPT\x10\x03\x62\x06proto3')
 
 _globals = globals()
 _builder.BuildMessageAndEnumDescriptors(DESCRIPTOR, _globals)
 _builder.BuildTopDescriptorsAndMessages(DESCRIPTOR, 'luthier.trainer.v1.task_pb2', _globals)
 if not _descriptor._USE_C_DESCRIPTORS:
   DESCRIPTOR._loaded_options = None
-  _globals['_CONTROLACTION']._serialized_start=2298
-  _globals['_CONTROLACTION']._serialized_end=2426
+  _globals['_CONTROLACTION']._serialized_start=2658
+  _globals['_CONTROLACTION']._serialized_end=2786
   _globals['_TRAINERTASK']._serialized_start=189
-  _globals['_TRAINERTASK']._serialized_end=1228
-  _globals['_PREVIEWWORK']._serialized_start=1230
-  _globals['_PREVIEWWORK']._serialized_end=1287
-  _globals['_CHECKWORK']._serialized_start=1289
-  _globals['_CHECKWORK']._serialized_end=1300
-  _globals['_ESTIMATEWORK']._serialized_start=1302
-  _globals['_ESTIMATEWORK']._serialized_end=1400
-  _globals['_DATAANSWER']._serialized_start=1403
-  _globals['_DATAANSWER']._serialized_end=1640
-  _globals['_BASEMODELSOURCE']._serialized_start=1643
-  _globals['_BASEMODELSOURCE']._serialized_end=1772
-  _globals['_DATASETSOURCE']._serialized_start=1775
-  _globals['_DATASETSOURCE']._serialized_end=1944
-  _globals['_PUPPET']._serialized_start=1947
-  _globals['_PUPPET']._serialized_end=2111
-  _globals['_TRAINERCONTROL']._serialized_start=2113
-  _globals['_TRAINERCONTROL']._serialized_end=2188
-  _globals['_TRAINEREXIT']._serialized_start=2190
-  _globals['_TRAINEREXIT']._serialized_end=2295
+  _globals['_TRAINERTASK']._serialized_end=1284
+  _globals['_EXPORTWORK']._serialized_start=1287
+  _globals['_EXPORTWORK']._serialized_end=1588
+  _globals['_PREVIEWWORK']._serialized_start=1590
+  _globals['_PREVIEWWORK']._serialized_end=1647
+  _globals['_CHECKWORK']._serialized_start=1649
+  _globals['_CHECKWORK']._serialized_end=1660
+  _globals['_ESTIMATEWORK']._serialized_start=1662
+  _globals['_ESTIMATEWORK']._serialized_end=1760
+  _globals['_DATAANSWER']._serialized_start=1763
+  _globals['_DATAANSWER']._serialized_end=2000
+  _globals['_BASEMODELSOURCE']._serialized_start=2003
+  _globals['_BASEMODELSOURCE']._serialized_end=2132
+  _globals['_DATASETSOURCE']._serialized_start=2135
+  _globals['_DATASETSOURCE']._serialized_end=2304
+  _globals['_PUPPET']._serialized_start=2307
+  _globals['_PUPPET']._serialized_end=2471
+  _globals['_TRAINERCONTROL']._serialized_start=2473
+  _globals['_TRAINERCONTROL']._serialized_end=2548
+  _globals['_TRAINEREXIT']._serialized_start=2550
+  _globals['_TRAINEREXIT']._serialized_end=2655
 # @@protoc_insertion_point(module_scope)

@@ -81,6 +81,7 @@ class TrainerTask(google.protobuf.message.Message):
     CHECK_FIELD_NUMBER: builtins.int
     ESTIMATE_FIELD_NUMBER: builtins.int
     MEMORY_LIMIT_BYTES_FIELD_NUMBER: builtins.int
+    EXPORT_FIELD_NUMBER: builtins.int
     job_id: builtins.str
     """The job."""
     attempt: builtins.int
@@ -147,6 +148,10 @@ class TrainerTask(google.protobuf.message.Message):
     def estimate(self) -> Global___EstimateWork:
         """Tell what training would take."""
 
+    @property
+    def export(self) -> Global___ExportWork:
+        """Set with a spec of an export."""
+
     def __init__(
         self,
         *,
@@ -173,12 +178,66 @@ class TrainerTask(google.protobuf.message.Message):
         check: Global___CheckWork | None = ...,
         estimate: Global___EstimateWork | None = ...,
         memory_limit_bytes: builtins.int = ...,
+        export: Global___ExportWork | None = ...,
     ) -> None: ...
-    def HasField(self, field_name: typing.Literal["base_model", b"base_model", "check", b"check", "estimate", b"estimate", "preview", b"preview", "puppet", b"puppet", "spec", b"spec", "training_dataset", b"training_dataset", "validation_dataset", b"validation_dataset", "work", b"work"]) -> builtins.bool: ...
-    def ClearField(self, field_name: typing.Literal["attempt", b"attempt", "base_model", b"base_model", "cache_dir", b"cache_dir", "cache_max_bytes", b"cache_max_bytes", "check", b"check", "checkpoints_dir", b"checkpoints_dir", "computed_tokens", b"computed_tokens", "cuda_devices", b"cuda_devices", "estimate", b"estimate", "heartbeat_seconds", b"heartbeat_seconds", "job_id", b"job_id", "memory_limit_bytes", b"memory_limit_bytes", "model_dir", b"model_dir", "model_id", b"model_id", "preview", b"preview", "puppet", b"puppet", "resume_fallbacks", b"resume_fallbacks", "resume_from", b"resume_from", "spec", b"spec", "threads", b"threads", "training_dataset", b"training_dataset", "validation_dataset", b"validation_dataset", "wake_socket", b"wake_socket", "work", b"work"]) -> None: ...
+    def HasField(self, field_name: typing.Literal["base_model", b"base_model", "check", b"check", "estimate", b"estimate", "export", b"export", "preview", b"preview", "puppet", b"puppet", "spec", b"spec", "training_dataset", b"training_dataset", "validation_dataset", b"validation_dataset", "work", b"work"]) -> builtins.bool: ...
+    def ClearField(self, field_name: typing.Literal["attempt", b"attempt", "base_model", b"base_model", "cache_dir", b"cache_dir", "cache_max_bytes", b"cache_max_bytes", "check", b"check", "checkpoints_dir", b"checkpoints_dir", "computed_tokens", b"computed_tokens", "cuda_devices", b"cuda_devices", "estimate", b"estimate", "export", b"export", "heartbeat_seconds", b"heartbeat_seconds", "job_id", b"job_id", "memory_limit_bytes", b"memory_limit_bytes", "model_dir", b"model_dir", "model_id", b"model_id", "preview", b"preview", "puppet", b"puppet", "resume_fallbacks", b"resume_fallbacks", "resume_from", b"resume_from", "spec", b"spec", "threads", b"threads", "training_dataset", b"training_dataset", "validation_dataset", b"validation_dataset", "wake_socket", b"wake_socket", "work", b"work"]) -> None: ...
     def WhichOneof(self, oneof_group: typing.Literal["work", b"work"]) -> typing.Literal["preview", "check", "estimate"] | None: ...
 
 Global___TrainerTask: typing_extensions.TypeAlias = TrainerTask
+
+@typing.final
+class ExportWork(google.protobuf.message.Message):
+    """Write a tuned model in another form, prove it, and copy it to its destination. TrainerTask.base_model is the base that
+    the tuned model was made from.
+    """
+
+    DESCRIPTOR: google.protobuf.descriptor.Descriptor
+
+    MODEL_DIR_FIELD_NUMBER: builtins.int
+    MODEL_ID_FIELD_NUMBER: builtins.int
+    OUTPUT_DIR_FIELD_NUMBER: builtins.int
+    EXPORT_ID_FIELD_NUMBER: builtins.int
+    PROOF_DATASET_FIELD_NUMBER: builtins.int
+    CARD_FIELD_NUMBER: builtins.int
+    LLAMA_CPP_DIR_FIELD_NUMBER: builtins.int
+    DESTINATION_ROOTS_FIELD_NUMBER: builtins.int
+    model_dir: builtins.str
+    """The directory of the tuned model, or of the checkpoint."""
+    model_id: builtins.str
+    """`model_...`, or the checkpoint's name."""
+    output_dir: builtins.str
+    """Where the export goes; written aside and renamed."""
+    export_id: builtins.str
+    """The export id it will have."""
+    card: builtins.str
+    """The model's card, for README.md."""
+    llama_cpp_dir: builtins.str
+    """The directory of a llama.cpp that the operator named, whose converter takes what ours refuses; empty for none."""
+    @property
+    def proof_dataset(self) -> Global___DatasetSource:
+        """Rows that prove it."""
+
+    @property
+    def destination_roots(self) -> google.protobuf.internal.containers.RepeatedScalarFieldContainer[builtins.str]:
+        """The files' directories that `file://` destinations may go below."""
+
+    def __init__(
+        self,
+        *,
+        model_dir: builtins.str = ...,
+        model_id: builtins.str = ...,
+        output_dir: builtins.str = ...,
+        export_id: builtins.str = ...,
+        proof_dataset: Global___DatasetSource | None = ...,
+        card: builtins.str = ...,
+        llama_cpp_dir: builtins.str = ...,
+        destination_roots: collections.abc.Iterable[builtins.str] | None = ...,
+    ) -> None: ...
+    def HasField(self, field_name: typing.Literal["proof_dataset", b"proof_dataset"]) -> builtins.bool: ...
+    def ClearField(self, field_name: typing.Literal["card", b"card", "destination_roots", b"destination_roots", "export_id", b"export_id", "llama_cpp_dir", b"llama_cpp_dir", "model_dir", b"model_dir", "model_id", b"model_id", "output_dir", b"output_dir", "proof_dataset", b"proof_dataset"]) -> None: ...
+
+Global___ExportWork: typing_extensions.TypeAlias = ExportWork
 
 @typing.final
 class PreviewWork(google.protobuf.message.Message):

@@ -1,0 +1,1 @@
+"""What will load an export, each by its own way in."""
