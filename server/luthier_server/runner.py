@@ -70,6 +70,8 @@ class Runner:
         try:
             self.directory.mkdir(parents=True, exist_ok=True)
             files.replace_file(self.directory / files.TASK, task.SerializeToString())
+            if self._action:  # asked before there was a directory to write it to
+                self._write_control()
         except OSError as error:
             self._log.error("task not written", error=str(error))
             full = error.errno in (errno.ENOSPC, errno.EDQUOT, errno.EFBIG)
@@ -137,12 +139,15 @@ class Runner:
         self._kill_at = time.monotonic() + (self._limits.cancel_grace if cancel else self._limits.stop_grace)
         self._log.info("asking the trainer", action=ControlAction.Name(action))
         try:
-            files.replace_file(self.directory / files.CONTROL, TrainerControl(action=action).SerializeToString())
+            self._write_control()
         except OSError as error:
             # A full disk must not keep a job running: the signal alone says PREEMPT, and the state says the rest.
             self._log.error("control not written", error=str(error))
         await self._executor.signal(self.directory, signal.SIGTERM)
         self.wake()
+
+    def _write_control(self) -> None:
+        files.replace_file(self.directory / files.CONTROL, TrainerControl(action=self._action).SerializeToString())
 
     async def kill(self, reason: str) -> None:
         """Ends the trainer's process group at once."""

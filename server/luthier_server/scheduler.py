@@ -10,6 +10,7 @@ from pathlib import Path
 import structlog
 
 from luthier.trainer.v1.task_pb2 import ControlAction
+from luthier_server import failpoints
 from luthier_server.assignments import Assignments
 from luthier_server.attempts import Attempts, Ending
 from luthier_server.errors import FailedPrecondition, InvalidArgument, LuthierError, NotFound, StorageFull, StoreBusy
@@ -144,9 +145,11 @@ class Scheduler:
     async def stop(self) -> None:
         """Starts nothing more, asks every trainer to save a checkpoint, and returns when all have left."""
         self._stopping = True
-        for runner in list(self._runners.values()):
-            await runner.ask(ControlAction.CONTROL_ACTION_PREEMPT)
+        asked: set[Runner] = set()
         while self._runners:
+            for runner in set(self._runners.values()) - asked:  # later ones too: an attempt may have begun just before
+                asked.add(runner)
+                await runner.ask(ControlAction.CONTROL_ACTION_PREEMPT)
             self._jobs.changed.clear()
             with contextlib.suppress(TimeoutError):
                 await asyncio.wait_for(self._jobs.changed.wait(), 0.5)
@@ -158,6 +161,7 @@ class Scheduler:
                 await runner.ask(_ACTIONS[job.state])
 
     async def _attempt(self, job: Job, attempt: Attempt) -> None:
+        await failpoints.reach("after_begin_before_runner")
         runner = Runner(self._attempts, self._executor, attempt, self._directory(attempt), self._settings.limits)
         self._runners[job.id] = runner
         self._jobs.changed.set()  # a cancel may have come since the attempt began

@@ -35,6 +35,22 @@ def trained(events: list[JobEvent]) -> list[int]:
     return steps
 
 
+def test_a_stop_ends_also_the_trainer_of_a_job_that_began_while_the_server_stopped(daemons: Start) -> None:
+    late = {"LUTHIER_FAILPOINTS": "after_begin_before_runner=sleep:0.8@2"}
+    stubborn = puppet(steps=600, step_seconds=0.1, stubborn=True)
+    daemon = daemons(*stubborn, "--stop-trainers", "--slots", "2", "--stop-grace", "2", environment=late)
+    daemon.upload()
+    first = daemon.create()
+    daemon.wait_for_step(first.id, 1)
+    second = daemon.create()
+    until(lambda: daemon.get(second.id).state == JobState.JOB_STATE_PREPARING, what="the second job's attempt")
+    assert daemon.stop() == 0
+    daemon.start()
+    daemon.wait_for_step(second.id, 1)
+    for job in (first, second):
+        daemon.fine_tuning.CancelJob(ft.CancelJobRequest(job_id=job.id))
+
+
 @pytest.mark.parametrize("end", ["stop", "kill"])
 def test_a_trainer_outlives_its_server_and_the_next_one_adopts_it(daemons: Start, end: str) -> None:
     daemon = daemons(*SLOW)
