@@ -6,7 +6,7 @@ PROTO_VENV := .venv-proto
 DISTS := proto server client trainer
 PIP := $(BIN)/python -m pip --quiet --disable-pip-version-check
 
-.PHONY: help setup setup-dev demo serve test check format bench memory fault mutate proto dist clean
+.PHONY: help setup setup-dev demo serve test test-packaging check format bench memory fault mutate proto dist clean
 
 help: ## show this help
 	@grep -hE '^[a-z-]+:.*##' $(MAKEFILE_LIST) | sed -E 's/:.*## /\t/' | expand -t 14
@@ -36,7 +36,10 @@ serve: setup ## start luthierd for real use
 # Most tests wait for real processes, so three workers keep two cores busy; more threads would only get in their way.
 # Files in the order of their folders: those of few and long tests, which xdist would start last, come early.
 test: setup-dev ## run the tests
-	@OMP_NUM_THREADS=1 OMP_WAIT_POLICY=PASSIVE $(BIN)/python -m pytest -n 3 --dist loadfile --no-loadscope-reorder -q
+	@OMP_NUM_THREADS=1 OMP_WAIT_POLICY=PASSIVE $(BIN)/python -m pytest --ignore=tests/packaging -n 3 --dist loadfile --no-loadscope-reorder -q
+
+test-packaging: setup-dev ## build the wheels, install the client from them, and act the images out
+	@$(BIN)/python -m pytest -q tests/packaging
 
 check: setup-dev ## format, lint, types, import rules, the contract and its generated code
 	@PATH="$(CURDIR)/$(BIN):$$PATH" sh .ci/check

@@ -1,12 +1,21 @@
 """Fixtures that every test may use."""
 
 import os
+import tempfile
 from collections.abc import Callable, Iterator
 from pathlib import Path
 from typing import Any
 
 import pytest
 from daemon import Daemon, puppet
+
+
+@pytest.fixture(autouse=True)
+def temporary_folder_as_it_was() -> Iterator[None]:
+    """A trainer makes its attempt's folder the process's temporary one, and tests run trainers in their own process."""
+    before = tempfile.tempdir
+    yield
+    tempfile.tempdir = before
 
 
 @pytest.fixture
