@@ -146,7 +146,10 @@ def _make_rows(path: Path, words: tuple[int, int]) -> None:
 
 
 def _train(folder: Path, setting: Setting) -> dict[str, Any]:
-    """Trains two steps with a memory limit that makes the job probe, or compute its layers twice."""
+    """Trains three steps with a memory limit that makes the job probe, or compute its layers twice."""
+    from luthier_trainer.main import set_up_libraries
+
+    set_up_libraries()
     import datasets  # noqa: F401 - a loaded process has these
     import torch
 

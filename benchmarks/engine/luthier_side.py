@@ -14,7 +14,10 @@ from luthier.trainer.v1.task_pb2 import BaseModelSource, DatasetSource, TrainerT
 from luthier.v1 import event_pb2, job_pb2
 from luthier_trainer import sft
 from luthier_trainer.control import NoControl
+from luthier_trainer.main import set_up_libraries
 from luthier_trainer.report import Payload
+
+set_up_libraries()  # as the host does for its trainers; the libraries look at their first product
 
 _DTYPES = {
     "auto": job_pb2.DTYPE_UNSPECIFIED,

@@ -28,7 +28,7 @@ from luthier.trainer import attempt
 from luthier.trainer.v1 import host_pb2, task_pb2
 from luthier_trainer.connection import Connection, Garbage
 from luthier_trainer.fork import fork_trainer, reap, redirect, signal_group
-from luthier_trainer.main import EXIT_NOT_MINE, let_waiting_threads_sleep
+from luthier_trainer.main import EXIT_NOT_MINE, set_up_libraries
 from luthier_trainer.spool import poke
 
 _MAX_CLIENTS = 256
@@ -343,7 +343,7 @@ def main() -> int:
     )
     options = parser.parse_args()
     redirect(sys.stderr.fileno())  # whoever started us may read our standard output to its end: hold no pipe of theirs
-    let_waiting_threads_sleep()
+    set_up_libraries()
     _log_to_stderr()
     data_dir: Path = options.data_dir.resolve()
     lock_fd = os.open(data_dir / "host.lock", os.O_RDWR | os.O_CREAT | os.O_CLOEXEC, 0o600)

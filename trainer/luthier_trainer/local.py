@@ -18,7 +18,7 @@ from luthier_trainer.data.formats import records
 from luthier_trainer.data.reading import Reading
 from luthier_trainer.errors import TrainingError
 from luthier_trainer.inspect import locate
-from luthier_trainer.main import let_waiting_threads_sleep
+from luthier_trainer.main import set_up_libraries
 from luthier_trainer.report import Reporter
 
 _SCHEDULERS = {
@@ -146,7 +146,7 @@ def fine_tune(
     judged = keep_best or early_stopping_patience is not None or samples_at == "each_evaluation"
     if (judged or evaluate_every_steps is not None) and validation is None and not validation_fraction:
         raise ValueError("evaluations need data: give validation or validation_fraction")
-    let_waiting_threads_sleep()
+    set_up_libraries()
     target = Path(out).absolute()
     if target.exists():
         raise FileExistsError(f"{target} is there already")

@@ -14,7 +14,7 @@ from luthier.v1.export_proof_pb2 import ExportProof
 from luthier_trainer.console import ConsoleReporter, SilentReporter
 from luthier_trainer.control import NoControl
 from luthier_trainer.local import dataset_source, model_source
-from luthier_trainer.main import let_waiting_threads_sleep
+from luthier_trainer.main import set_up_libraries
 from luthier_trainer.report import Reporter
 
 _WEIGHTS = {
@@ -74,7 +74,7 @@ def export_model(
     Raises TrainingError, EXPORT_NOT_EQUAL for an export that behaves otherwise than the model, and FileExistsError when
     `out` is there already; neither leaves `out`.
     """
-    let_waiting_threads_sleep()
+    set_up_libraries()
     target = Path(out).absolute()
     if target.exists():
         raise FileExistsError(f"{target} is there already")

@@ -25,9 +25,8 @@ def calibrated(
     need: Need, forward: Forward, masters: Masters, batches: Batches, longest: int, job_gauge: Gauge
 ) -> Need:
     """The need with a slope and an offset such that it gives what two micro-batches of a quarter and a half of the
-    budget took, above what the process has by then; the moments and what oneDNN
-    will generate, which are not there yet, are added. No gradient and no
-    random state is left behind.
+    budget took, above what the process has by then; the moments and half of what oneDNN will generate, which are not
+    there yet, are added. No gradient and no random state is left behind.
 
     `job_gauge` was made before the model was loaded. Where a probe makes no sense the need is returned as it was.
     """
@@ -57,7 +56,7 @@ def calibrated(
     slope = (took_second - took_first) / max(second - first, 1.0)
     if not _PLAUSIBLE[0] < slope < _PLAUSIBLE[1]:
         return need
-    to_come = _MOMENTS * len(masters) + generated(batches.device, forward.model.dtype)
+    to_come = _MOMENTS * len(masters) + generated(batches.device, forward.model.dtype) // 2  # the rest is there by now
     offset = took_second - slope * second + to_come - need.fixed
     return replace(need, slope=slope, offset=offset)
 
