@@ -562,7 +562,8 @@ class FineTuneTask(google.protobuf.message.Message):
     MODEL_NAME_FIELD_NUMBER: builtins.int
     base_model: builtins.str
     """A hub id (`Qwen/Qwen2.5-0.5B`), a directory under a root that the operator allows, `builtin/tiny`, a directory
-    with a PEFT adapter (continued training), or the id of a model that Luthier made (continued training).
+    with a PEFT adapter (continued training), or a model that Luthier made (continued training): its id, `name@3` or
+    `name@production`.
     """
     base_model_revision: builtins.str
     """A revision of a hub id: branch, tag or commit. Default: the hub's main branch."""
