@@ -5,6 +5,7 @@ import dataclasses
 import functools
 import shutil
 import sqlite3
+import time
 from collections.abc import Awaitable, Callable, Mapping, Sequence
 from pathlib import Path
 
@@ -46,6 +47,9 @@ log = structlog.get_logger()
 def microseconds() -> int:
     """Now, in microseconds since the epoch."""
     return int(failpoints.wall_clock() * 1_000_000)
+
+
+_REMOVALS, _REMOVAL_SECONDS = 20, 0.05
 
 
 class Jobs:
@@ -407,10 +411,19 @@ class Jobs:
             return job
 
         job = await self._database.write(work)
-        await asyncio.to_thread(shutil.rmtree, self._jobs_dir / job_id, ignore_errors=True)
+        await asyncio.to_thread(_remove, self._jobs_dir / job_id)
         if unfinished:
             await self._discard(unfinished)
         return job
+
+
+def _remove(folder: Path) -> None:
+    """Removes a job's folder, also while the host still notes there how its last trainer ended."""
+    for _ in range(_REMOVALS):
+        shutil.rmtree(folder, ignore_errors=True)
+        if not folder.exists():
+            return
+        time.sleep(_REMOVAL_SECONDS)
 
 
 def _leaving(job: Job) -> str:

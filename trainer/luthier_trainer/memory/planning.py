@@ -126,10 +126,11 @@ def probed(
         return planned
     if batches.device.type == "cpu":
         follow_allocations()
-    longest = rows.largest(planned.budget_tokens).longest
+    most = rows.largest(planned.budget_tokens)
+    probes = replace(batches, budget=min(batches.budget, most.tokens))  # no probe is larger than what the job does
     gauge.note()
     try:
-        found = calibrated(planned.need, forward, masters, batches, longest, gauge)
+        found = calibrated(planned.need, forward, masters, probes, most.longest, gauge)
     except (RuntimeError, MemoryError) as error:
         log.info("the probes of memory failed: %s", error)  # a step that runs out of memory halves its budget by itself
         return planned
