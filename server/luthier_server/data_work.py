@@ -149,7 +149,8 @@ class DataWork:
                     subject="time",
                 )
             with contextlib.suppress(TimeoutError):
-                await asyncio.wait_for(self._woken.wait(), _SWEEP)
+                async with asyncio.timeout(_SWEEP):
+                    await self._woken.wait()
 
     async def _gone(self, directory: Path) -> None:
         """Waits a moment until a child that was killed is reaped: what it held of the device is free then."""
@@ -157,7 +158,8 @@ class DataWork:
         while not (directory / files.EXIT).exists() and time.monotonic() - killed < _EXIT_SECONDS:
             self._woken.clear()
             with contextlib.suppress(TimeoutError):
-                await asyncio.wait_for(self._woken.wait(), _SWEEP)
+                async with asyncio.timeout(_SWEEP):
+                    await self._woken.wait()
 
 
 def _progress(spool: Path, offset: int) -> tuple[PhaseProgressed | None, bool, int]:

@@ -109,7 +109,8 @@ class Runner:
                 await self._enforce(now)
                 if not news:
                     with contextlib.suppress(TimeoutError):
-                        await asyncio.wait_for(self._wake.wait(), self._limits.sweep)
+                        async with asyncio.timeout(self._limits.sweep):
+                            await self._wake.wait()
         try:
             while await self._ingest():
                 pass
@@ -213,7 +214,8 @@ class Runner:
         while not (self.directory / files.EXIT).exists() and time.monotonic() < deadline:
             self._wake.clear()
             with contextlib.suppress(TimeoutError):
-                await asyncio.wait_for(self._wake.wait(), 0.05)
+                async with asyncio.timeout(0.05):
+                    await self._wake.wait()
 
     async def _settle(self, ending: Ending) -> None:
         while True:

@@ -105,7 +105,8 @@ class Scheduler:
                     log.warning("no job can start", error=str(error))
                     pause = _RETRY_SECONDS
                 with contextlib.suppress(TimeoutError):
-                    await asyncio.wait_for(self._jobs.changed.wait(), pause)
+                    async with asyncio.timeout(pause):
+                        await self._jobs.changed.wait()
 
     async def _fill(self, lane: Lane, group: asyncio.TaskGroup) -> None:
         slots = self._slots[lane]
@@ -152,7 +153,8 @@ class Scheduler:
                 await runner.ask(ControlAction.CONTROL_ACTION_PREEMPT)
             self._jobs.changed.clear()
             with contextlib.suppress(TimeoutError):
-                await asyncio.wait_for(self._jobs.changed.wait(), 0.5)
+                async with asyncio.timeout(0.5):
+                    await self._jobs.changed.wait()
 
     async def _control(self) -> None:
         for job_id, runner in list(self._runners.items()):

@@ -72,7 +72,8 @@ class Validation:
                     if job.id not in self._running:
                         self._running[job.id] = group.create_task(self._validate(job), name=f"validation {job.id}")
                 with contextlib.suppress(TimeoutError):
-                    await asyncio.wait_for(self._jobs.to_validate.wait(), pause)
+                    async with asyncio.timeout(pause):
+                        await self._jobs.to_validate.wait()
 
     async def _end_needless(self) -> None:
         """Ends the checks that go on beside jobs which failed, were cancelled or are gone. That of one which succeeded
